@@ -1,0 +1,381 @@
+#!/usr/bin/env python3
+"""A chat client for any machine with Python: ``python mychatclient.py``.
+
+Shows what the others say, sends what you type; ``exit`` leaves. One file, the standard library alone. With a pipe for
+standard input it is a filter: it sends what it reads, half-closes at the end, and shows what still comes until the
+server closes.
+
+The threads, and who owns what
+    main      the input loop: blocks in ``input()`` or in reading the pipe, and sends.
+    receive   reads the connection and has the screen show it. When the connection ends it interrupts the input loop.
+
+The wire is lines of UTF-8, as the server's docstring tells. A server that never sends a newline is shown too: what it
+sent counts as a line after a second of silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import os
+import re
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+__version__ = "1.0"
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 12000
+GREETING = "Connected to chat server. Type 'exit' to leave."
+FAREWELL = "Disconnected from server"
+EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - what a server listens on, and nobody can join
+
+CONNECT_SECONDS = 10.0  # for all addresses of a name together
+READ_BYTES = 65_536  # read at once, from the connection and from a pipe
+MAX_LINE_BYTES = 262_144  # shown as one line: more than a chat server sends, and a bound for any other
+SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has finished its line
+LEAVE_SECONDS = 1.0  # for the server to close, after a person has typed exit
+EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
+INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
+
+
+# --- Lines: what may be shown, on anybody's screen --------------------------------------------------------------------
+
+PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])
+# IAC and WILL..DONT with an option, or a command alone: RFC 854. A newline always ends the line.
+TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
+# Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
+FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+EXIT = re.compile(rb"(?:^|\n|\r\0)[\t ]*exit[\t ]*(?:\r?\n|\r\0)")
+
+
+def clean(block: bytes) -> bytes:
+    """Return the lines of ``block`` without telnet's sequences, and U+FFFD for all that is forbidden or not UTF-8."""
+    if not block.translate(None, PLAIN):
+        return block
+    text = TELNET.sub(b"", block).decode("utf-8", "replace")
+    return FORBIDDEN.sub("\ufffd", text).encode()
+
+
+# --- The screen: everything that is shown goes through here -----------------------------------------------------------
+
+
+class Screen:
+    """Owns standard output. Its methods may be called from any thread, and block while that does."""
+
+    def __init__(self) -> None:
+        self.gone = False  # nobody reads it any more, as after ``| head -1``
+        # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
+        self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - open as long as the process runs
+        self._lock = threading.Lock()  # one message at a time
+
+    def show(self, block: bytes) -> None:
+        """Show whole lines that came from the server, below an empty row each."""
+        self._write(b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n")
+
+    def say(self, text: str) -> None:
+        """Show a line of our own."""
+        self._write(f"{text}\n".encode())
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        with self._lock:
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self.gone = True
+
+
+# --- The connection: how to get one, and what comes from it -----------------------------------------------------------
+
+
+def connect(host: str, port: int) -> socket.socket:
+    """Return a connection to the first of the host's addresses that takes it.
+
+    Blocks CONNECT_SECONDS at most, and as long as the system takes to look up the name. Raises OSError, and
+    UnicodeError for what cannot be a name.
+    """
+    deadline = time.monotonic() + CONNECT_SECONDS
+    addresses = [entry[4] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    problem = OSError(errno.EADDRNOTAVAIL, "no address")
+    for tries_left, address in zip(range(len(addresses), 0, -1), addresses):
+        seconds = max(0.1, (deadline - time.monotonic()) / tries_left)
+        try:
+            sock = socket.create_connection((str(address[0]), port), seconds)
+        except OSError as error:
+            problem = error
+            continue
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    raise problem
+
+
+def connecting_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
+    """Return one sentence that says why there is no connection, and what to do."""
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"Unknown host {host!r}: check the spelling, or use the address that the server printed."
+    if isinstance(error, ConnectionRefusedError):
+        return f"No server at {host} port {port}: start mychatserver.py there, or give another port."
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        return f"No answer from {host} port {port}: check the address; a firewall or another network may be between."
+    return f"Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
+
+
+def received(sock: socket.socket, interrupt: socket.socket) -> Iterator[bytes]:
+    """Yield what the server sends in blocks of whole lines, an unfinished last one at end-of-file.
+
+    As long as the server has sent no newline, a piece of two or more characters and a second of silence are a line.
+    Blocks until something comes. Raises OSError when the connection is lost, Interrupted when ``interrupt`` tells of
+    SIGINT.
+    """
+    partial = b""
+    sends_newlines = False
+    silence: float | None = None  # so many seconds of it would end the unfinished line
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        selector.register(interrupt, selectors.EVENT_READ)
+        while True:
+            ready = [key.fileobj for key, _ in selector.select(silence)]
+            if interrupt in ready and signal.SIGINT in interrupt.recv(READ_BYTES):
+                raise Interrupted
+            if ready and sock not in ready:
+                continue
+            data = sock.recv(READ_BYTES) if ready else b""
+            end = data.rfind(b"\n") + 1
+            sends_newlines = sends_newlines or end > 0
+            block, partial = (partial + data[:end], data[end:]) if end else (b"", partial + data)
+            if partial and (not data or len(partial) > MAX_LINE_BYTES):
+                block, partial = block + partial + b"\n", b""
+            if block:
+                yield block
+            if ready and not data:
+                return
+            unfinished = partial and not sends_newlines and len(data.decode("utf-8", "replace")) > 1
+            silence = SILENCE_SECONDS if unfinished else None
+
+
+class WrongServer(Exception):
+    """What answered is not a chat server; the text says what it is."""
+
+
+def lines_to_show(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield blocks of lines cleaned; raise WrongServer when the first is nothing that a chat server says."""
+    for number, block in enumerate(blocks):
+        if number == 0 and block.startswith(b"HTTP/"):
+            raise WrongServer("that is a web server; check host and port.")
+        if number == 0 and block.startswith((b"\x15\x03", b"\x16\x03")):  # alert, handshake: RFC 8446, 5.1
+            raise WrongServer("that server speaks TLS; check host and port.")
+        yield clean(block.replace(b"\r\n", b"\n"))
+
+
+# --- Input: what is typed or piped, up to exit or its end -------------------------------------------------------------
+
+
+def typed() -> Iterator[tuple[bytes, bool]]:
+    """Yield each line that a person enters, but blank ones, and whether it is ``exit``. Blocks in ``input()``."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
+    with contextlib.suppress(EOFError, OSError):  # Ctrl-D, or the terminal is gone
+        while True:
+            line = input()
+            words = line.strip("\t ")
+            if words:
+                yield f"{line}\n".encode("utf-8", "replace"), words == "exit"
+
+
+def piped() -> Iterator[tuple[bytes, bool]]:
+    """Yield standard input in the blocks that it comes in, and whether ``exit`` ends them. Blocks in reading."""
+    unfinished = b""
+    while data := os.read(0, READ_BYTES):
+        window = unfinished + data
+        exit_line = EXIT.search(window) if b"exit" in window else None
+        if exit_line:
+            yield data[: exit_line.end() - len(unfinished)], True
+            return
+        yield data, False
+        unfinished = window[window.rfind(b"\n") + 1 :]
+        if len(unfinished) > EXIT_BYTES:
+            unfinished = b"-"
+
+
+# --- The conversation: one thread shows what comes, the main thread sends what is entered -----------------------------
+
+
+class Conversation:
+    """One connection, from the greeting to the farewell."""
+
+    def __init__(self, sock: socket.socket, screen: Screen) -> None:
+        self._sock = sock
+        self._screen = screen
+        self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
+        # A signal's number can be read here as it comes. Python calls its handler later, when the main thread gets to
+        # it: never, for one that comes just before a blocking read.
+        self._interrupt, self._signals = socket.socketpair()
+        self._signals.setblocking(False)
+        # Set by the main thread, where signal handlers run too.
+        self._waiting = False  # for input, or for the server to close: may be interrupted
+        self._done_waiting = False
+        self._leaving = False  # so that the server's end-of-file is no surprise
+        # Set by either.
+        self._ctrl_c = False
+        # Set by the receive thread.
+        self._received_all = False
+        self._problem: str | None = None  # why the connection was lost
+
+    # Runs in the main thread
+
+    def run(self) -> int:
+        """Send what is entered and show what comes, until one side leaves; return the exit status."""
+        signal.set_wakeup_fd(self._signals.fileno())
+        signal.signal(signal.SIGINT, self._on_ctrl_c)
+        if sys.platform != "win32":
+            signal.signal(signal.SIGURG, self._on_interrupt)  # nobody sends it but this program itself
+        self._screen.say(GREETING)
+        self._receiver.start()
+        try:
+            try:
+                self._waiting = True
+                self._send_input()
+                self._receiver.join(LEAVE_SECONDS if os.isatty(0) else None)
+            finally:
+                self._waiting = False
+                self._done_waiting = True
+        except Interrupted:
+            self._receiver.join(LEAVE_SECONDS)
+        return self._farewell()
+
+    def _send_input(self) -> None:
+        try:
+            for data, self._leaving in typed() if os.isatty(0) else piped():
+                self._sock.sendall(data)
+                if self._leaving:
+                    break
+            self._leaving = True
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:  # the connection is lost: the receive thread shows what had come, and knows why
+            self._receiver.join()
+
+    def _on_ctrl_c(self, *_: object) -> None:
+        self._ctrl_c = True
+        if sys.platform == "win32":
+            self._on_interrupt()
+        else:  # as from the receive thread; CPython stumbles when two signals raise while input() waits
+            signal.raise_signal(signal.SIGURG)
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._waiting and (self._ctrl_c or self._received_all):
+            self._waiting = False  # once is enough
+            self._done_waiting = True
+            raise Interrupted
+
+    # Runs in the receive thread
+
+    def _receive(self) -> None:
+        """Show what comes until the connection ends; then get the main thread out of its wait for input."""
+        try:
+            for block in lines_to_show(received(self._sock, self._interrupt)):
+                self._screen.show(block)
+                if self._screen.gone:
+                    break
+            if not self._leaving:
+                self._problem = "the server closed the connection; it may be back later."
+        except WrongServer as error:
+            self._problem = str(error)
+        except Interrupted:
+            self._ctrl_c = True
+        except OSError as error:
+            self._problem = f"{error.strerror}; check the network, and whether the server still runs."
+        self._received_all = True
+        if self._ctrl_c:
+            time.sleep(INTERRUPT_SECONDS)  # the main thread has most probably seen it
+        while not self._done_waiting:
+            if sys.platform == "win32":  # where nothing ends a blocking input()
+                os._exit(self._farewell())
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+            time.sleep(INTERRUPT_SECONDS)  # it may have come just before a blocking read: try again
+
+    # Runs in either
+
+    def _farewell(self) -> int:
+        """Say how the conversation ended; return the exit status."""
+        if self._screen.gone:
+            return 0
+        if self._ctrl_c and os.isatty(1):
+            self._screen.say("")  # the row has ^C, and perhaps a half-typed line
+        if self._problem and not self._ctrl_c:
+            warn(f"Connection lost: {self._problem}")
+        self._screen.say(FAREWELL)
+        return 130 if self._ctrl_c else 1 if self._problem else 0
+
+
+# --- The command line: whom to join, and what can go wrong ------------------------------------------------------------
+
+
+def warn(text: str) -> None:
+    """Write one line to standard error, if there is one."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, f"{text}\n".encode("utf-8", "replace"))
+
+
+def open_missing_descriptors() -> None:
+    """Open the null device for a standard stream that was closed, or the connection would get its number."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
+def port_number(text: str) -> int:
+    """Return ``text`` as a port to connect to; raise what argparse turns into a usage error."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 65_535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: a number from 1 to 65535")
+    return int(text)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; exit with status 2 and a usage line when they are wrong."""
+    parser = argparse.ArgumentParser(prog="mychatclient", description="A chat client.", allow_abbrev=False)
+    parser.add_argument("host", nargs="?", default=DEFAULT_HOST, help="whom to join (default: %(default)s)")
+    parser.add_argument("port", nargs="?", type=port_number, default=DEFAULT_PORT, help="(default: %(default)s)")
+    parser.add_argument("--version", action="version", version=f"mychatclient {__version__}")
+    options = parser.parse_args(argv)
+    if options.host.isdigit():
+        parser.error(f"{options.host} is no host; the port comes behind it: {DEFAULT_HOST} {options.host}")
+    if options.host.startswith("[") and options.host.endswith("]"):
+        options.host = options.host[1:-1]
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the client; return the exit status: 0 left, 1 no or lost connection, 130 Ctrl-C."""
+    try:
+        open_missing_descriptors()
+        options = parse_args(argv)
+        if options.host in EVERY_ADDRESS:
+            warn(f"{options.host} is where a server listens, not an address to join: use one that the server printed.")
+            return 1
+        try:
+            sock = connect(options.host, options.port)
+        except (OSError, UnicodeError) as error:
+            warn(connecting_problem(error, options.host, options.port))
+            return 1
+        return Conversation(sock, Screen()).run()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1066 @@
+#!/usr/bin/env python3
+"""A chat server for any machine with Python: ``python mychatserver.py``.
+
+Every line that a client sends goes to all other clients, with the sender's label in front. One file, the standard
+library alone; ``mychatclient.py``, ``nc`` and ``telnet`` are all clients.
+
+The wire
+    UTF-8 text in lines. ``\\n``, ``\\r\\n`` and telnet's ``\\r\\0`` end a line.
+    Client to server: text. A line ``exit`` leaves, and so does end-of-file. Lines of blanks are not relayed.
+    Server to client: ``label:text``, or a notice, ``* text``. A label is the port that its client connects from.
+    What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
+    A peer that has never sent a newline has its pieces taken for lines after a second of silence.
+
+The threads, and who owns what
+    main            waits; the signals that stop the server wake the server thread.
+    server thread   accepts, starts the handlers, empties backlogs, keeps the clock; owns the selector.
+    handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
+    console         writes what is shown on standard output, however slow that is.
+
+The relay
+    Handlers read blocks of lines, not lines. One handler at a time has the turn: it takes what the others have put
+    down, joins it, and gives each member one piece, everything but its own lines. One more waits for the turn, to take
+    what is put down meanwhile; the rest put down their block and go back to reading. So all members see one order,
+    a round costs one send a member, and nobody relays for ever.
+    A send never blocks: what a socket does not take becomes its client's backlog, which the server thread sends on.
+    While somebody is late (has a large backlog), everyone else may say its share and then waits, so a flood runs at
+    the pace of the slowest reader, and nothing is lost. A reader under the floor is let go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import errno
+import functools
+import ipaddress
+import os
+import re
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+__version__ = "1.0"
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 12000
+EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - to listen on only if asked for
+
+READ_BYTES = 65_536  # what a handler reads at once: a quarter of it costs a quarter of the speed, more gains nothing
+MAX_LINE_BYTES = 65_536  # between line ends, before cleaning; never more than READ_BYTES, see Framer.feed
+SILENCE_SECONDS = 1.0  # after which a peer that never sends a newline has finished its line
+
+ROUND_BYTES = 65_536, 1_048_576  # least and most that one turn relays
+ROUND_DELIVERED_BYTES = 33_554_432  # between the two: what a turn delivers to all members together
+PORTION_MIN_BYTES = 256  # the least a handler puts down at once, where there is more
+SHARE_MAX_BYTES = 262_144  # what one client may say while somebody is late: this at most,
+SHARES_BYTES = 8_388_608  # all clients together this at most (a backlog is as large),
+SHARES_DELIVERED_BYTES = 1_073_741_824  # and this at most, times its readers
+
+LATE_BYTES = 1_048_576  # a client with a larger backlog is late ...
+ON_TIME_BYTES = LATE_BYTES // 2  # ... until it is under this
+MAX_BACKLOG_BYTES = 16 * LATE_BYTES  # twice what shares can add up to: out of reach, and the end if it is not
+FLOOR_BYTES = 131_072  # what somebody late must take in so many seconds, else it is let go:
+FLOOR_SECONDS = 5
+STALL_SECONDS = 30  # in which somebody with any backlog must take something, else it is let go
+POUR_BYTES = 131_072  # who says as much in a second, without taking anything, has FLOOR_SECONDS only
+FLUSH_BYTES = 262_144  # sent to one client before the next has its turn: a typist must not wait for a backlog
+MAX_PIECES = 1_024  # in one sendmsg: IOV_MAX on Linux and macOS
+
+CONSOLE_BYTES = 1_048_576  # what may wait for a slow standard output
+DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
+LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
+LINGER_BYTES = 1_048_576  # thrown away meanwhile
+STOP_SECONDS = 0.7  # in which a server that is stopped lets everyone go
+LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
+ACCEPTS_A_PASS = 64  # before backlogs have their turn again
+STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
+REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
+
+LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent\n".encode()
+TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
+
+
+# --- Lines: from what a peer sent to lines that are safe on anybody's screen ------------------------------------------
+
+PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])
+# IAC and WILL..DONT with an option, or a command alone: RFC 854. A newline always ends the line.
+TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
+# Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
+FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# A search is ten times faster when its first character is a plain one: hence the newline, not "^".
+BLANK_OR_EXIT = re.compile(rb"\n(?:[\n\t ]|exit[\n\t ])")
+
+
+class Framer:
+    """Cuts a stream of bytes into blocks of whole lines: the same lines, however the bytes were cut into packets."""
+
+    def __init__(self) -> None:
+        self._partial = bytearray()  # the unfinished line
+        self._return = b""  # a last "\r": the next byte tells whether it ends a line
+        self._skipping = False  # the unfinished line has passed the limit
+        self._sends_newlines = False
+        self._piece_was_typed = True  # the last piece was one character, as from telnet in character mode
+
+    @property
+    def ends_by_silence(self) -> bool:
+        """Whether silence would end the unfinished line: its sender has never sent a newline, and not just a key."""
+        return not (self._sends_newlines or self._piece_was_typed) and bool(self._partial or self._skipping)
+
+    def feed(self, data: bytes) -> tuple[bytes, bool]:
+        """Take READ_BYTES at most; return the whole lines, each with ``\\n``, and whether a line has got too long.
+
+        A line is reported too long once, when it passes the limit, and is left out. As no more is fed at once than a
+        line may hold, only the first line of the block can be too long.
+        """
+        data = self._return + data
+        self._return = b""
+        if b"\r" in data:
+            if data.endswith(b"\r"):
+                data, self._return = data[:-1], b"\r"
+            data = data.replace(b"\r\n", b"\n").replace(b"\r\0", b"\n")
+        end = data.rfind(b"\n") + 1
+        if not end:
+            if not self._sends_newlines:
+                self._piece_was_typed = len(TELNET.sub(b"", data).decode("utf-8", "replace")) < 2
+            return b"", self._keep(data)
+        self._sends_newlines = True
+        first = data.index(b"\n") + 1
+        too_long = not self._skipping and len(self._partial) + first - 1 > MAX_LINE_BYTES
+        block = data[first:end] if self._skipping or too_long else bytes(self._partial) + data[:end]
+        self._skipping = False
+        self._partial.clear()
+        return block, self._keep(data[end:]) or too_long
+
+    def rest(self) -> bytes:
+        """End the unfinished line, as end-of-file and silence do; return it as a block, empty if there is none."""
+        line = b"" if self._skipping else bytes(self._partial) + self._return
+        self._skipping = False
+        self._partial.clear()
+        self._return = b""
+        return line + b"\n" if line else b""
+
+    def _keep(self, data: bytes) -> bool:
+        if self._skipping:
+            return False
+        self._partial += data
+        self._skipping = len(self._partial) > MAX_LINE_BYTES
+        if self._skipping:
+            self._partial.clear()
+        return self._skipping
+
+
+def clean(block: bytes) -> bytes:
+    """Return the lines of ``block`` without telnet's sequences, and U+FFFD for all that is forbidden or not UTF-8."""
+    if not block.translate(None, PLAIN):
+        return block
+    text = TELNET.sub(b"", block).decode("utf-8", "replace")
+    return FORBIDDEN.sub("\ufffd", text).encode()
+
+
+def spoken(block: bytes) -> tuple[bytes, bool]:
+    """Return the lines of a clean block that are to be relayed, and whether its sender leaves after them."""
+    if not BLANK_OR_EXIT.search(b"\n" + block):
+        return block, False
+    lines: list[bytes] = []
+    for line in block[:-1].split(b"\n"):
+        words = line.strip(b" \t")
+        if words == b"exit":
+            return b"".join(lines), True
+        if words:
+            lines.append(line + b"\n")
+    return b"".join(lines), False
+
+
+def labelled(label: str, lines: bytes) -> bytes:
+    """Return ``lines``, one or more, with ``label:`` before each."""
+    prefix = f"{label}:".encode()
+    return prefix + lines[:-1].replace(b"\n", b"\n" + prefix) + b"\n"
+
+
+# --- A batch: what one turn relays, and each member's view of it ------------------------------------------------------
+
+
+class Batch:
+    """The blocks of several senders, joined, of which each member gets everything but its own lines."""
+
+    def __init__(self, blocks: Sequence[tuple[Client, bytes]]) -> None:
+        self._whole = memoryview(b"".join(block for _, block in blocks))
+        self._for_listeners = (self._whole,)
+        self._spans: dict[Member, tuple[int, int]] = {}  # one a sender: each has one block in the queue at a time
+        start = 0
+        for sender, block in blocks:
+            self._spans[sender] = start, start + len(block)
+            start += len(block)
+
+    def besides(self, member: Member) -> Sequence[memoryview]:
+        """Return the pieces for ``member``: views, so that a thousand backlogs hold the bytes once."""
+        span = self._spans.get(member)
+        if span is None:
+            return self._for_listeners
+        return [piece for piece in (self._whole[: span[0]], self._whole[span[1] :]) if piece]
+
+
+# --- Members: who is given every batch, and must not hold up anyone ---------------------------------------------------
+
+
+class Member(Protocol):
+    """What the room knows of those in it."""
+
+    def give(self, pieces: Sequence[memoryview]) -> int:
+        """Take pieces to send on; never block, never raise. Return the bytes that had to wait: the backlog."""
+
+
+def readable(sock: socket.socket, seconds: float | None) -> bool:
+    """Wait until ``sock`` has something to read, or its end; return False when ``seconds`` pass without."""
+    # Not DefaultSelector, which would take a descriptor for each wait.
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
+
+
+class Client:
+    """One peer: its socket, its label and its backlog."""
+
+    label = ""  # set when it joins, under the room's lock
+
+    def __init__(self, sock: socket.socket, address: tuple[str, int], on_backlog: Callable[[Client], None]) -> None:
+        self.address = address
+        self.said = 0  # bytes, all told; only its handler counts
+        self.ended = False  # nothing is to be read or sent any more
+        self.had_backlog = False  # the server thread has been asked to send for it
+        self._sock = sock
+        self._on_backlog = on_backlog
+        # Guards what follows, and the socket but for reading: nobody uses it once it is closed. Innermost lock.
+        self._lock = threading.Lock()
+        self._backlog: collections.deque[memoryview] = collections.deque()
+        self.behind = 0  # bytes in the backlog; others read it without the lock
+        self._watched = False  # the server thread knows of the backlog
+        self._finishing = False  # no more is taken; the last of the backlog is followed by end-of-file
+        self._drained: threading.Event | None = None
+        # Only the server thread uses what follows.
+        self._taken = 0  # bytes since the last note
+        self._notes: collections.deque[int] = collections.deque(
+            maxlen=FLOOR_SECONDS
+        )  # bytes taken in each second of being late
+        self._idle_seconds = 0
+        self._said_before = 0  # as of the last note
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for a selector."""
+        return self._sock.fileno()
+
+    # Called from any thread
+
+    def give(self, pieces: Sequence[memoryview]) -> int:
+        """Send pieces, or what the socket does not take of them later; return the bytes in the backlog."""
+        with self._lock:
+            if self._finishing or not pieces:
+                return 0
+            waiting = bool(self._backlog)
+            self._backlog.extend(pieces)
+            self.behind += sum(map(len, pieces))
+            if not waiting:
+                self._send(self.behind)
+            behind = self.behind
+            new = bool(behind) and not self._watched
+            if new:
+                self._watched = self.had_backlog = True
+        if new:
+            self._on_backlog(self)
+        return behind
+
+    def finish(self) -> None:
+        """Take no more; once the backlog is sent, end the stream in this direction. Does not block."""
+        with self._lock:
+            self._finishing = True
+            if not self._backlog:
+                self._half_close()
+
+    def end(self) -> None:
+        """Give up the connection and its backlog; wakes a blocked ``blocks``. Does not block, may be repeated."""
+        with self._lock:
+            self.ended = self._finishing = True
+            self._backlog.clear()
+            self.behind = 0
+            with contextlib.suppress(OSError):  # the peer is gone already, or the socket closed
+                self._sock.shutdown(socket.SHUT_RDWR)
+            if self._drained:
+                self._drained.set()
+
+    # Runs in the server thread
+
+    def flush(self) -> int:
+        """Send FLUSH_BYTES of the backlog at most, as far as the socket takes them; return what is left."""
+        with self._lock:
+            if self._backlog:
+                self._taken += self._send(FLUSH_BYTES)
+            if not self._backlog:
+                self._watched = False
+            return self.behind
+
+    def under_floor(self, late: bool) -> bool:
+        """Note what was taken since the last call, a second ago; return whether that is too little to be kept."""
+        taken, self._taken = self._taken, 0
+        said, self._said_before = self.said - self._said_before, self.said
+        if not late:
+            self._notes.clear()
+            self._idle_seconds = 0 if taken else self._idle_seconds + 1
+            return self._idle_seconds >= (FLOOR_SECONDS if said >= POUR_BYTES else STALL_SECONDS)
+        self._notes.append(taken)
+        return len(self._notes) == FLOOR_SECONDS and sum(self._notes) < FLOOR_BYTES
+
+    # Runs in the handler thread
+
+    def prepare(self) -> None:
+        """Set the socket's options; raise OSError when the peer is gone."""
+        # A handler reads with a blocking recv while others send: a time-out would make them wait too (and accept()
+        # may hand on the listener's non-blocking mode). Windows has no MSG_DONTWAIT: there the socket never blocks.
+        self._sock.setblocking(sys.platform != "win32")
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def blocks(self) -> Iterator[tuple[bytes, bool]]:
+        """Yield blocks of whole lines as ``Framer.feed`` does, until end-of-file, a reset or ``end``.
+
+        Blocks in ``recv``. An unfinished last line is yielded at end-of-file, not at a reset.
+        """
+        framer = Framer()
+        head = b""
+        while True:
+            if framer.ends_by_silence and not readable(self._sock, SILENCE_SECONDS):
+                yield framer.rest(), False
+                continue
+            try:
+                data = self.recv(READ_BYTES)
+            except OSError:  # reset: the peer left in the middle of something
+                return
+            if self.ended:
+                return
+            if not data:
+                yield framer.rest(), False
+                return
+            if len(head) < 2:
+                head += data[:2]
+                if head.startswith(TLS_HELLO):
+                    return
+            yield framer.feed(data)
+
+    def recv(self, size: int) -> bytes:
+        """Wait for input and return it, ``size`` bytes at most, none at end-of-file; raise OSError at a reset."""
+        if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
+            while not (readable(self._sock, 1.0) or self.ended):
+                pass
+        return self._sock.recv(size)
+
+    def drain(self) -> None:
+        """Finish, wait until the backlog is sent, and let the peer close first. Blocks DRAIN plus LINGER_SECONDS."""
+        self.finish()
+        with self._lock:
+            if self._backlog:
+                self._drained = threading.Event()
+        if self._drained and not self._drained.wait(DRAIN_SECONDS):
+            return
+        deadline = time.monotonic() + LINGER_SECONDS
+        thrown_away = 0
+        with contextlib.suppress(OSError):  # the peer is gone: that is what this waits for
+            while thrown_away < LINGER_BYTES and readable(self._sock, max(0.0, deadline - time.monotonic())):
+                data = self._sock.recv(READ_BYTES)
+                if not data:
+                    return
+                thrown_away += len(data)
+
+    def close(self) -> None:
+        """Close the socket. The server thread must have forgotten it: the descriptor is used again."""
+        self.end()
+        with self._lock:
+            self._sock.close()
+
+    # Call with the lock held
+
+    def _send(self, size: int) -> int:
+        """Send ``size`` bytes at most from the backlog's front; return what the socket took, 0 if the peer is gone."""
+        chosen: list[memoryview] = []
+        for piece in self._backlog:
+            chosen.append(piece if len(piece) <= size else piece[:size])
+            size -= len(piece)
+            if size <= 0 or len(chosen) == MAX_PIECES:
+                break
+        try:
+            if sys.platform == "win32":
+                sent = self._sock.send(b"".join(chosen))
+            else:
+                sent = self._sock.sendmsg(chosen, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:  # the system's, not the peer's trouble: it will pass
+                return 0
+            self._finishing = True  # the peer is gone; its handler sees it too, and leaves
+            self._backlog.clear()
+            self.behind = 0
+            if self._drained:
+                self._drained.set()
+            return 0
+        self.behind -= sent
+        left = sent
+        while left and left >= len(self._backlog[0]):
+            left -= len(self._backlog.popleft())
+        if left:
+            self._backlog[0] = self._backlog[0][left:]
+        if self._finishing and not self._backlog:
+            self._half_close()
+        return sent
+
+    def _half_close(self) -> None:
+        with contextlib.suppress(OSError):  # the peer is gone already
+            self._sock.shutdown(socket.SHUT_WR)
+        if self._drained:
+            self._drained.set()
+
+
+class Writer:
+    """A member that only listens, with a queue and a thread of its own: the console.
+
+    It makes nobody late: what is over CONSOLE_BYTES in the queue is counted and said, not written.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
+        self._file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
+        if sys.platform != "win32":
+            os.set_blocking(descriptor, True)  # it may be shared with a program that had set it otherwise
+        # Guards what follows; notified when there is something to do.
+        self._changed = threading.Condition()
+        self._queue: list[memoryview] = []
+        self._bytes = 0
+        self._lines_missed = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="console", daemon=True)
+        self._thread.start()
+
+    def give(self, pieces: Sequence[memoryview]) -> int:
+        with self._changed:
+            if self._bytes > CONSOLE_BYTES:
+                self._lines_missed += sum(bytes(piece).count(b"\n") for piece in pieces)
+            else:
+                self._queue.extend(pieces)
+                self._bytes += sum(map(len, pieces))
+                self._changed.notify()
+        return 0
+
+    def say(self, text: str) -> None:
+        """Queue one line of our own. Does not block."""
+        self.give([memoryview(f"{text}\n".encode("utf-8", "replace"))])
+
+    def close(self, seconds: float) -> None:
+        """Take the last of the queue to the file, for so many seconds at most."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(seconds)
+
+    # Runs in the writer's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
+                    return
+                text = b"".join(self._queue)
+                if self._lines_missed:  # all of them came behind what is in the queue, which was full
+                    text += f"* {self._lines_missed} lines not shown\n".encode()
+                self._queue, self._bytes, self._lines_missed = [], 0, 0
+            try:
+                self._write(text)
+            except OSError:  # closed, or the disk is full: chat goes on, and the console too if that changes
+                with self._changed:
+                    self._lines_missed += text.count(b"\n")
+
+    def _write(self, text: bytes) -> None:
+        rest = memoryview(text)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+
+# --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
+
+
+class Refused(Exception):
+    """Why somebody may not enter, as the text of a notice."""
+
+
+class Room:
+    """The members, and the relay from each to all others in one order."""
+
+    def __init__(self, console: Writer, max_clients: int | None, quiet: bool) -> None:
+        self._console = console
+        self._max_clients = max_clients
+        # The turn: held for a whole round, and by who enters and leaves. Outermost lock. Guards what follows.
+        self._turn = threading.Lock()
+        self._members: list[Member] = [] if quiet else [console]
+        self._clients: dict[str, Client] = {}  # by label
+        self._closed = False
+        # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
+        self._queue_lock = threading.Lock()
+        self._queue: collections.deque[tuple[Client, bytes]] = collections.deque()
+        self._queued: set[Client] = set()  # who has a block in the queue: one at most
+        self._turn_is_awaited = False  # somebody waits for the turn, and will take what is put down until then
+        self._late: set[Client] = set()
+        self._said: dict[Client, int] = {}  # bytes put down by each since somebody is late
+        self._waiters: dict[Client, threading.Condition] = {}  # handlers that wait to put down, or to be on time
+
+    # Runs in the handler thread
+
+    def join(self, client: Client) -> None:
+        """Enter: from here on ``client`` is given every line. Raise Refused with the reason. Waits for the turn."""
+        with self._turn:
+            if self._closed:
+                raise Refused("server stopping")
+            if self._max_clients is not None and len(self._clients) >= self._max_clients:
+                raise Refused(f"server full: {len(self._clients)} of {self._max_clients} clients")
+            client.label = self._free_label(client.address[1])
+            self._clients[client.label] = client
+            self._members.append(client)
+            self._console.say(f"New connection from : {client.address}")
+
+    def leave(self, client: Client) -> None:
+        """Leave; nothing is given to ``client`` from here on. Waits for the turn. May be repeated."""
+        with self._turn:
+            if self._clients.get(client.label) is not client:
+                return
+            del self._clients[client.label]
+            self._members.remove(client)
+            self._console.say("Connection closed")
+        with self._queue_lock:
+            self._said.pop(client, None)
+            self._no_longer_late(client)
+
+    def relay(self, client: Client, lines: bytes) -> None:
+        """Give ``lines`` to all other members, in portions that let others have their say.
+
+        Blocks while an earlier portion waits in the queue, and while somebody is late and ``client`` is that one or
+        has said its share; then perhaps for the turn. Ends, with lines unsaid, when ``client`` is ended.
+        """
+        block = labelled(client.label, lines)
+        start = 0
+        while start < len(block):
+            with self._queue_lock:
+                self._wait(client, lambda: self._may_speak(client))
+                if client.ended:
+                    return
+                end = self._portion_end(block, start)
+                self._queue.append((client, block[start:end]))
+                self._queued.add(client)
+                client.said += end - start
+                if self._late:
+                    self._said[client] = self._said.get(client, 0) + end - start
+                start = end
+                if self._turn_is_awaited:
+                    continue
+                self._turn_is_awaited = True
+            with self._turn:
+                self._take_turn()
+
+    def reply(self, client: Client, notice: bytes) -> None:
+        """Give one line to ``client`` alone, from its own handler; block while it is late."""
+        self._check_late(client, client.give([memoryview(notice)]))
+        with self._queue_lock:
+            self._wait(client, lambda: client.ended or client not in self._late)
+
+    # Runs in the server thread
+
+    def close(self) -> None:
+        """Let nobody in any more; relay what was put down."""
+        with self._turn:
+            self._closed = True
+            self._take_turn()
+
+    def sent(self, client: Client, behind: int) -> bool:
+        """Take note that ``client`` has now so many bytes of backlog; return whether it is late."""
+        with self._queue_lock:
+            if behind < ON_TIME_BYTES:
+                self._no_longer_late(client)
+            return client in self._late
+
+    # Called from any thread
+
+    def end(self, client: Client) -> None:
+        """Let ``client`` go: its handler wakes, wherever it waits, and leaves."""
+        client.end()
+        with self._queue_lock:
+            self._no_longer_late(client)
+            self._wake(client)
+
+    def _check_late(self, client: Client, behind: int) -> None:
+        if behind > MAX_BACKLOG_BYTES:
+            self.end(client)
+        elif behind > LATE_BYTES:
+            with self._queue_lock:
+                if client.behind > LATE_BYTES:  # or the server thread has sent it since, and found nobody late
+                    self._late.add(client)
+
+    # Call with the turn held
+
+    def _free_label(self, port: int) -> str:
+        label, number = str(port), 1
+        while label in self._clients:  # the same port on another host
+            number += 1
+            label = f"{port}-{number}"
+        return label
+
+    def _take_turn(self) -> None:
+        """Relay what is queued, a round at a time, until nothing is left or somebody else waits for the turn."""
+        batch = self._next_batch()
+        while batch:
+            for member in self._members:
+                behind = member.give(batch.besides(member))
+                if behind > LATE_BYTES and isinstance(member, Client):
+                    self._check_late(member, behind)
+            if self._turn_is_awaited:  # who comes to wait just after this look finds less, or nothing, to take
+                return
+            batch = self._next_batch()
+
+    def _next_batch(self) -> Batch | None:
+        """Take a round from the queue, first come, first served."""
+        size = self._round_bytes()
+        blocks: list[tuple[Client, bytes]] = []
+        with self._queue_lock:
+            # In the same hold as the taking: a block put down in between would wait for nobody.
+            self._turn_is_awaited = False
+            while self._queue and (not blocks or size >= len(self._queue[0][1])):
+                client, block = self._queue.popleft()
+                blocks.append((client, block))
+                size -= len(block)
+                self._queued.remove(client)
+                self._wake(client)
+        return Batch(blocks) if blocks else None
+
+    def _round_bytes(self) -> int:
+        least, most = ROUND_BYTES
+        return max(least, min(most, ROUND_DELIVERED_BYTES // max(1, len(self._members))))
+
+    # Call with the queue's lock held
+
+    def _wait(self, client: Client, ready: Callable[[], bool]) -> None:
+        if not ready():
+            self._waiters[client] = threading.Condition(self._queue_lock)
+            self._waiters[client].wait_for(ready)
+            del self._waiters[client]
+
+    def _wake(self, client: Client) -> None:
+        if client in self._waiters:
+            self._waiters[client].notify()
+
+    def _no_longer_late(self, client: Client) -> None:
+        if client not in self._late:
+            return
+        self._late.remove(client)
+        self._wake(client)
+        if not self._late:
+            self._said.clear()
+            for waiter in self._waiters:
+                self._wake(waiter)
+
+    def _may_speak(self, client: Client) -> bool:
+        if client.ended:
+            return True
+        if client in self._queued or client in self._late:
+            return False
+        return not self._late or self._said.get(client, 0) < self._share()
+
+    def _share(self) -> int:
+        """What one client may say while somebody is late, in bytes."""
+        members = max(1, len(self._members))
+        return min(SHARE_MAX_BYTES, min(SHARES_BYTES, SHARES_DELIVERED_BYTES // members) // members)
+
+    def _portion_end(self, block: bytes, start: int) -> int:
+        """Where to cut ``block`` so that the next round has room for a portion of everyone who wants to speak."""
+        portion = self._round_bytes() // (len(self._queue) + 1)
+        if self._late:
+            portion = min(portion, self._share() // 4)
+        portion = max(PORTION_MIN_BYTES, portion)
+        if len(block) - start <= portion:
+            return len(block)
+        return block.rfind(b"\n", start, start + portion) + 1 or block.index(b"\n", start) + 1
+
+
+# --- The server: the thread that accepts, sends what had to wait, and keeps the clock ---------------------------------
+
+
+class Server:
+    """Serves whoever connects to a listening socket, until a signal stops it."""
+
+    def __init__(self, listener: socket.socket, console: Writer, max_clients: int | None, quiet: bool) -> None:
+        self._listener = listener
+        self._console = console
+        self._room = Room(console, max_clients, quiet)
+        self._clients: set[Client] = set()  # all with a handler, in the room or not; one operation at a time is safe
+        # What other threads ask of the server thread, and how they wake it.
+        self._calls: collections.deque[Callable[[], object]] = collections.deque()
+        self._wake_is_sent = False
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        # Only the server thread uses what follows.
+        self._selector = selectors.DefaultSelector()
+        self._behind: set[Client] = set()  # those with a backlog: watched until they can take more
+        self._listening = False
+        self._stopping = False
+        self._next_tick = 0.0
+        self._said_once: set[str] = set()
+        self._refusals: dict[str, float] = {}  # the time of each host's last one that was shown
+
+    # Runs in the main thread
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM; return when all clients have gone, within a second."""
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        # Python writes the signal's number into this socket as it comes, so the server thread need not look for it.
+        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        thread = threading.Thread(target=self._serve, name="server")
+        thread.start()
+        thread.join()
+
+    # Runs in the server thread
+
+    def _serve(self) -> None:
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
+        self._listen()
+        while not self._stopping:
+            self._pass(None)
+        self._stop()
+
+    def _stop(self) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        # 1. Nobody new: the port is free.
+        self._pause()
+        self._listener.close()
+        # 2. What was said is relayed, and nothing more is.
+        self._room.close()
+        # 3. Everyone gets end-of-file behind what was queued, closes its side, and its handler leaves.
+        for client in list(self._clients):
+            client.finish()
+        while self._clients and time.monotonic() < deadline:
+            self._pass(deadline - time.monotonic())
+        # 4. Those who do not close are let go.
+        for client in list(self._clients):
+            self._room.end(client)
+        while self._clients and time.monotonic() < deadline + STOP_SECONDS / 4:
+            self._pass(STOP_SECONDS / 4)
+
+    def _pass(self, seconds: float | None) -> None:
+        """Wait for something to do, so long at most, and do it."""
+        if self._behind or not self._listening:
+            until_tick = max(0.0, self._next_tick - time.monotonic())
+            seconds = until_tick if seconds is None else min(seconds, until_tick)
+        for key, _ in self._selector.select(seconds):
+            key.data()
+        if time.monotonic() >= self._next_tick:
+            self._tick()
+
+    def _tick(self) -> None:
+        """Once a second while there is a backlog or nobody accepts: hold everyone to the floor, and accept again."""
+        self._next_tick = time.monotonic() + 1.0
+        for client in list(self._behind):
+            # Tried even if the selector is silent: Linux calls a socket writable only with a third of its buffer free.
+            self._flush(client)
+            if client.under_floor(self._room.sent(client, client.behind)):
+                self._room.end(client)
+        if not self._stopping:
+            self._listen()
+
+    def _woken(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # read empty
+            while True:
+                signals = self._wake_reader.recv(4096)
+                self._stopping |= signal.SIGINT in signals or signal.SIGTERM in signals
+        self._wake_is_sent = False  # before the calls are taken: who adds one from here on wakes us again
+        while self._calls:
+            self._calls.popleft()()
+
+    def _listen(self) -> None:
+        if not self._listening:
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self._listening = True
+
+    def _pause(self) -> None:
+        if self._listening:
+            self._selector.unregister(self._listener)
+            self._listening = False
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS_A_PASS):
+            try:
+                sock, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:  # the peer left while it waited
+                continue
+            except OSError as error:
+                self._cannot_accept(error)
+                return
+            client = Client(sock, plain_address(address), self._has_backlog)
+            # Before its handler starts, or a client that leaves at once would be taken out before it is in.
+            self._clients.add(client)
+            try:
+                threading.Thread(target=self._handle, args=(client,), daemon=True).start()
+            except RuntimeError as error:  # no more threads
+                self._clients.remove(client)
+                client.close()
+                self._cannot_accept(error)
+                return
+
+    def _cannot_accept(self, error: Exception) -> None:
+        """Say once why nobody more can be accepted; try again at the next tick."""
+        reason = getattr(error, "strerror", None) or str(error)
+        if reason not in self._said_once:
+            self._said_once.add(reason)
+            warn(f"{reason}, with {len(self._clients)} clients: nobody more can enter until some leave (ulimit -n).")
+        self._pause()
+        self._next_tick = time.monotonic() + 1.0
+
+    def _watch(self, client: Client) -> None:
+        if client not in self._behind and not client.ended:
+            if not self._behind:
+                self._next_tick = time.monotonic() + 1.0
+            self._behind.add(client)
+            self._selector.register(client, selectors.EVENT_WRITE, functools.partial(self._flush, client))
+
+    def _flush(self, client: Client) -> None:
+        behind = client.flush()
+        self._room.sent(client, behind)
+        if not behind:
+            self._unwatch(client)
+
+    def _unwatch(self, client: Client) -> None:
+        if client in self._behind:
+            self._behind.remove(client)
+            self._selector.unregister(client)
+
+    def _say_refused(self, address: tuple[str, int]) -> None:
+        """Show who was turned away, one line a second and host, so that a rude host does not fill the console."""
+        host, now = address[0], time.monotonic()
+        if now - self._refusals.get(host, -1.0) >= 1.0:
+            if len(self._refusals) >= REFUSALS_REMEMBERED:
+                self._refusals.clear()
+            self._refusals[host] = now
+            self._console.say(f"Refused : {address}")
+
+    # Runs in the handler thread, one a client
+
+    def _handle(self, client: Client) -> None:
+        """Serve one client from its arrival to its close.
+
+        Ends because it waits in three places only: in ``recv`` and for its turn, out of which ``Room.end`` wakes it,
+        and in ``drain``, which has a deadline.
+        """
+        try:
+            client.prepare()
+            self._room.join(client)
+            for block, too_long in client.blocks():
+                lines, leaving = spoken(clean(block))
+                if lines:
+                    self._room.relay(client, lines)
+                if too_long:
+                    self._room.reply(client, LINE_TOO_LONG)
+                if leaving:
+                    break
+        except Refused as refusal:
+            self._call_soon(functools.partial(self._say_refused, client.address))
+            client.give([memoryview(f"* {refusal}\n".encode())])
+        except OSError:  # the peer was gone before it could enter
+            pass
+        finally:
+            self._room.leave(client)
+            if not client.ended:
+                client.drain()
+            self._forget(client)
+            client.close()
+            self._clients.remove(client)
+            if self._stopping:
+                self._wake()
+
+    def _forget(self, client: Client) -> None:
+        """Wait until the server thread no longer watches ``client``."""
+        if client.had_backlog:
+            forgotten = threading.Event()
+            self._call_soon(functools.partial(self._unwatch, client))
+            self._call_soon(forgotten.set)
+            forgotten.wait()
+
+    # Called from any thread
+
+    def _has_backlog(self, client: Client) -> None:
+        self._call_soon(functools.partial(self._watch, client))
+
+    def _call_soon(self, call: Callable[[], object]) -> None:
+        """Have the server thread call ``call``."""
+        self._calls.append(call)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._wake_is_sent:
+            self._wake_is_sent = True
+            with contextlib.suppress(BlockingIOError):  # full: then it will wake anyway
+                self._wake_writer.send(b"\0")
+
+
+# --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Return a non-blocking socket that listens on ``host``, the first of its addresses.
+
+    Raises OSError, and UnicodeError for what cannot be a name.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if sys.platform == "win32":  # where SO_REUSEADDR would let a second server take the port over
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # "::" is every address, of IPv4 too; any other is itself alone
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
+        listener.bind(address)
+        listener.listen(LISTEN_QUEUE)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def plain_address(address: tuple[str, int]) -> tuple[str, int]:
+    """Return host and port of a socket's address, an IPv4 address that came over IPv6 as itself."""
+    host, port = address[:2]
+    return host[7:] if host.startswith("::ffff:") and "." in host else host, port
+
+
+def addresses_for_others(listener: socket.socket) -> list[str]:
+    """Return the addresses that other machines may reach ``listener`` by, likeliest first."""
+    host = listener.getsockname()[0]
+    if host not in EVERY_ADDRESS:
+        return [] if ipaddress.ip_address(host).is_loopback else [host]
+    found = []
+    # Connecting a datagram socket sends nothing; it asks for the route. The targets are for documentation only:
+    # RFC 5737 and RFC 3849.
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:  # no such route
+            asking.connect((target, 9))
+            found.append(asking.getsockname()[0])
+    with contextlib.suppress(OSError):  # the machine does not know its own name
+        found += [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)]
+    usable = []
+    for address in dict.fromkeys(found):
+        parsed = ipaddress.ip_address(address)
+        if not (parsed.is_loopback or parsed.is_link_local) and (host == "::" or parsed.version == 4):
+            usable.append(address)
+    return usable
+
+
+def say_where(console: Writer, listener: socket.socket) -> None:
+    """Show where the server listens, and how others can join if they can."""
+    host, port = listener.getsockname()[:2]
+    console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
+    if ipaddress.ip_address(host).is_loopback:
+        return
+    others = addresses_for_others(listener)
+    for address in others:
+        console.say(f"Others join with: python mychatclient.py {address}{'' if port == DEFAULT_PORT else f' {port}'}")
+    if not others:
+        console.say("No address was found that others could join by: is this machine on a network?")
+    warn("Anyone who can reach this address can join: --host 127.0.0.1 keeps the chat on this machine.")
+
+
+def listening_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
+    """Return one sentence that says why the server cannot listen, and what to do."""
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"Unknown host {host!r}: give --host an address of this machine, or 0.0.0.0 for all of them."
+    if error.errno == errno.EADDRINUSE:
+        return f"Port {port} is taken: a server may be running there already; choose another with --port."
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{host} is not an address of this machine: give --host one that is, or 0.0.0.0 for all of them."
+    if error.errno == errno.EACCES:
+        return f"No permission to listen on port {port}: choose one from 1024 up with --port."
+    return f"Cannot listen on {host} port {port}: {error.strerror}; choose another with --host or --port."
+
+
+def warn(text: str) -> None:
+    """Write one line to standard error, if there is one."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, f"{text}\n".encode("utf-8", "replace"))
+
+
+def open_missing_descriptors() -> None:
+    """Open the null device for a standard stream that was closed, or a socket would get its number and its text."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many descriptors, one a client, as this process may have without asking anyone."""
+    if sys.platform == "win32":
+        return
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 10_240 if sys.platform == "darwin" and hard == resource.RLIM_INFINITY else hard
+    with contextlib.suppress(OSError, ValueError):  # then the limit stays as it is
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def number(least: int, most: int) -> Callable[[str], int]:
+    """Return a type for argparse: a whole number in these bounds."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; exit with status 2 and a usage line when they are wrong."""
+    parser = argparse.ArgumentParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
+    option = parser.add_argument
+    option("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
+    option("--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
+    option("--max-clients", type=number(1, 1_000_000), metavar="N", help="so many at once (default: no limit)")
+    option("--quiet", action="store_true", help="do not show chat lines here (default: show them)")
+    option("--version", action="version", version=f"mychatserver {__version__}")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server; return the exit status: 0 when it was stopped, 1 when it cannot listen."""
+    open_missing_descriptors()
+    options = parse_args(argv)
+    raise_descriptor_limit()
+    try:
+        listener = open_listener(options.host, options.port)
+    except (OSError, UnicodeError) as error:
+        warn(listening_problem(error, options.host, options.port))
+        return 1
+    console = Writer(1)
+    say_where(console, listener)
+    threading.stack_size(STACK_BYTES)
+    Server(listener, console, options.max_clients, options.quiet).run()
+    console.close(STOP_SECONDS / 4)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""The client as a program: in pipes and terminals, with servers of all kinds, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import mychatclient
+from tests.support import (
+    CLIENT,
+    LOOPBACK,
+    SECONDS,
+    Background,
+    Program,
+    Server,
+    Terminal,
+    TestCase,
+    as_heard,
+    eventually,
+    free_port,
+    home_made_server,
+    needs_command,
+    numbered_lines,
+)
+
+GREETING = "Connected to chat server. Type 'exit' to leave."
+FAREWELL = "Disconnected from server"
+
+
+def client(port: int) -> Program:
+    """Return a client in pipes."""
+    return Program(sys.executable, CLIENT, LOOPBACK, str(port), keep_input=True)
+
+
+def in_terminal(port: int) -> Terminal:
+    """Return a client that has greeted in a terminal."""
+    terminal = Terminal(sys.executable, CLIENT, LOOPBACK, str(port))
+    terminal.wait_for(f"{GREETING}\n")
+    return terminal
+
+
+@contextlib.contextmanager
+def silent_port() -> Iterator[int]:
+    """Give a port that answers nobody, as behind a firewall that drops: its listener's queue is full."""
+    with socket.socket() as listener, contextlib.ExitStack() as waiting:
+        listener.bind((LOOPBACK, 0))
+        listener.listen(0)
+        for _ in range(3):
+            filler = waiting.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+class Pipes(TestCase):
+    def test_the_whole_output_to_the_letter(self) -> None:
+        with Server() as server, server.peer() as ann, client(server.port) as program:
+            program.expect(GREETING)
+            server.line()
+            ann.send("Hi!\nHello! \n漢字 \x1b[31m\n".encode())
+            program.expect("", f"{ann.label}:Hi!", "", f"{ann.label}:Hello! ", "", f"{ann.label}:漢字 \ufffd[31m")
+            program.send(b"one\ntwo")
+            program.end_input()
+            self.assertEqual(program.wait(), 0)
+            self.assertTrue(program.output.endswith(f"[31m\n{FAREWELL}\n".encode()), program.output)
+            label = ann.line().partition(b":")[0]
+            ann.expect(label + b":two")
+
+    def test_twenty_mb_go_through_whole_in_both_directions(self) -> None:
+        lines = numbered_lines(200_000)
+        with Server("--quiet") as server, client(server.port) as sender, client(server.port) as receiver:
+            labels = {server.line().rpartition(" ")[2].rstrip(")") for _ in range(2)}
+            background = Background()
+            background.run(sender.send, lines)
+            shown = len(lines) + 200_000 * (len("12345:\n")) + len(GREETING) + 1
+            eventually(lambda: len(receiver.output) >= shown)
+            background.join()
+            heard = receiver.output[len(GREETING) + 1 :]
+            wanted = [as_heard(label, lines).replace(b"\n", b"\n\n")[:-1] for label in labels]
+            self.assertIn(heard[1:], wanted)
+
+    def test_at_the_end_of_input_what_still_comes_is_shown_until_the_server_closes(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            self.assertEqual(connection.recv(100), b"last words\n")
+            self.assertEqual(connection.recv(100), b"")
+            connection.sendall(b"1234:too late?\n1234:no")
+
+        with home_made_server(serve) as port, client(port) as program:
+            program.send(b"last words\n")
+            program.end_input()
+            program.expect(GREETING, "", "1234:too late?", "", "1234:no", FAREWELL)
+            self.assertEqual(program.wait(), 0)
+
+    def test_exit_in_the_input_leaves_and_what_follows_is_not_sent(self) -> None:
+        with Server() as server, server.peer() as ann, client(server.port) as program:
+            program.expect(GREETING)
+            server.line()
+            program.send(b"before\n \texit\nafter\n")
+            program.expect(FAREWELL)
+            self.assertEqual(program.wait(), 0)
+            self.assertTrue(ann.line().endswith(b":before"))
+            with server.peer() as bob:
+                bob.say("fence")
+                ann.expect(f"{bob.label}:fence")
+
+    def test_the_servers_end_is_a_lost_connection(self) -> None:
+        with Server() as server, client(server.port) as program:
+            program.expect(GREETING)
+            server.line()
+            server.stop()
+            program.expect(FAREWELL)
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), r"^Connection lost: the server closed the connection[^\n]*\n$")
+
+    def test_a_reset_is_a_lost_connection(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            connection.recv(100)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+        with home_made_server(serve) as port, client(port) as program:
+            program.expect(GREETING)
+            program.send(b"reset me\n")
+            program.expect(FAREWELL)
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), r"^Connection lost: [^\n]+\n$")
+
+    def test_turned_away(self) -> None:
+        with Server("--max-clients", "1") as server, server.peer(), client(server.port) as program:
+            program.expect(GREETING, "", "* server full: 1 of 1 clients", FAREWELL)
+            self.assertEqual(program.wait(), 1)
+
+    def test_when_a_send_fails_what_had_come_is_still_shown(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            connection.sendall(b"1234:last\n" * 10_000)
+            connection.shutdown(socket.SHUT_RDWR)
+
+        with home_made_server(serve) as port, client(port) as program:
+            with contextlib.suppress(OSError):  # the client ends first, perhaps
+                while True:
+                    program.send(b"more\n" * 1_000)
+            self.assertEqual(program.wait(), 1)
+            self.assertEqual(program.output.count(b"1234:last\n"), 10_000)
+
+    @needs_command("head", "coreutils")
+    def test_head_1_as_a_reader_of_the_output(self) -> None:
+        with Server() as server, server.peer() as ann:
+            head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert head.stdin
+            with Program(
+                sys.executable, CLIENT, LOOPBACK, str(server.port), keep_input=True, output=head.stdin.fileno()
+            ) as program:
+                first, _ = head.communicate(timeout=SECONDS)
+                self.assertEqual(first.decode(), f"{GREETING}\n")
+
+                def ended() -> bool:
+                    ann.say("anyone?")
+                    return program.process.poll() is not None
+
+                eventually(ended)
+                self.assertEqual(program.wait(), 0)
+                self.assertEqual(program.errors(), "")
+
+    def test_standard_output_that_is_closed_at_the_start(self) -> None:
+        """The connection does not get its number, so nothing that is shown goes to the server."""
+        with Server() as server, server.peer() as ann:
+            command = ("sh", "-c", 'exec "$@" >&-', "sh", sys.executable, CLIENT, LOOPBACK, str(server.port))
+            with Program(*command, keep_input=True) as program:
+                server.line()
+                program.send(b"hello\n")
+                self.assertTrue(ann.line().endswith(b":hello"))
+                program.end_input()
+                self.assertEqual(program.wait(), 0)
+
+    def test_text_is_utf_8_whatever_the_locale(self) -> None:
+        locale = {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+        with (
+            mock.patch.dict(os.environ, locale),
+            Server() as server,
+            server.peer() as ann,
+            client(server.port) as program,
+        ):
+            server.line()
+            ann.say("é漢😀")
+            program.expect(GREETING, "", f"{ann.label}:é漢😀")
+            server.expect(f"{ann.label}:é漢😀")
+
+    def test_ctrl_c(self) -> None:
+        with Server() as server, client(server.port) as program:
+            program.expect(GREETING)
+            program.process.send_signal(signal.SIGINT)
+            self.assertEqual(program.wait(), 130)
+            self.assertEqual(program.output.decode(), f"{GREETING}\n{FAREWELL}\n")
+            self.assertEqual(program.errors(), "")
+
+
+class OtherServers(TestCase):
+    def test_a_server_that_sends_no_newline_is_shown_after_a_second(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            connection.sendall(b"Welcome!")
+            self.assertEqual(connection.recv(100), b"go on\n")
+            connection.sendall("é".encode())
+            time.sleep(1.5)  # longer than the silence that ends a line, which one character does not begin
+            connection.sendall(b"t")
+            time.sleep(1.5)  # likewise
+            connection.sendall(b"e and more")
+            self.assertEqual(connection.recv(100), b"")
+
+        with home_made_server(serve) as port, client(port) as program:
+            program.expect(GREETING, "", "Welcome!")
+            program.send(b"go on\n")
+            program.expect("", "éte and more")
+            program.end_input()
+            program.expect(FAREWELL)
+            self.assertEqual(program.wait(), 0)
+
+    def test_what_is_no_chat_server_is_told(self) -> None:
+        for answer, sentence in (
+            (b"HTTP/1.1 400 Bad Request\r\nServer: x\r\n\r\n", "that is a web server; check host and port"),
+            (b"\x15\x03\x03\0\x02\x02\x0a", "that server speaks TLS; check host and port"),
+        ):
+            with self.subTest(answer=answer):
+
+                def serve(connection: socket.socket, answer: bytes = answer) -> None:
+                    connection.recv(100)
+                    connection.sendall(answer)
+                    connection.recv(100)
+
+                with home_made_server(serve) as port, client(port) as program:
+                    program.send(b"hello\n")
+                    program.expect(GREETING, FAREWELL)
+                    self.assertEqual(program.wait(), 1)
+                    self.assertEqual(program.errors(), f"Connection lost: {sentence}.\n")
+
+    def test_escape_codes_and_endless_lines_of_a_server(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            connection.sendall(b"1:\x1b[2J\r2:forged\r\n")
+            for _ in range(10):
+                connection.sendall(b"z" * 1_000_000)
+
+        with home_made_server(serve) as port, client(port) as program:
+            program.expect(GREETING, "", "1:\ufffd[2J\ufffd2:forged")
+            self.assertEqual(program.wait(), 1)
+            self.assertEqual(program.output.count(b"z"), 10_000_000)
+
+
+class Terminals(TestCase):
+    def ends(self, terminal: Terminal, status: int, screen: str) -> None:
+        self.assertEqual(terminal.wait(), status)
+        self.assertEqual(terminal.screen(), screen)
+        self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_ctrl_d_leaves(self) -> None:
+        with Server() as server, in_terminal(server.port) as terminal:
+            terminal.type("\x04")
+            self.ends(terminal, 0, f"{GREETING}\n{FAREWELL}\n")
+
+    def test_ctrl_c(self) -> None:
+        with Server() as server, in_terminal(server.port) as terminal:
+            terminal.type("\x03")
+            self.ends(terminal, 130, f"{GREETING}\n^C\n{FAREWELL}\n")
+
+    def test_the_servers_end_ends_a_blocked_input(self) -> None:
+        with Server() as server, in_terminal(server.port) as terminal:
+            server.stop()
+            self.assertEqual(terminal.wait(), 1)
+            self.assertRegex(terminal.screen(), rf"^{GREETING}\nConnection lost: [^\n]+\n{FAREWELL}\n$")
+            self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_bytes_that_are_no_text_arrive_as_replacements(self) -> None:
+        with Server() as server, server.peer() as ann, in_terminal(server.port) as terminal:
+            terminal.type(b"a\xffb\n")
+            self.assertTrue(ann.line().endswith("a\ufffdb".encode()))
+            terminal.type("exit\n")
+            self.assertEqual(terminal.wait(), 0)
+
+    def test_blank_lines_are_not_sent(self) -> None:
+        with Server() as server, server.peer() as ann, in_terminal(server.port) as terminal:
+            terminal.type("\n \t \nwords\n  exit \n")
+            self.assertEqual(terminal.wait(), 0)
+            self.assertTrue(ann.line().endswith(b":words"))
+            self.assertIn(f"{GREETING}\n\n", terminal.screen())
+
+
+class Connecting(TestCase):
+    def fails(self, *arguments: str, status: int = 1, sentence: str) -> None:
+        """Fail unless the client ends with this status and says so in one line on standard error."""
+        with Program(sys.executable, CLIENT, *arguments) as program:
+            self.assertEqual(program.wait(), status)
+            self.assertEqual(program.output, b"")
+            self.assertIn(sentence, program.errors())
+            if status == 1:
+                self.assertEqual(program.errors().count("\n"), 1)
+
+    def test_no_server_there(self) -> None:
+        port = free_port()
+        self.fails(LOOPBACK, str(port), sentence=f"No server at {LOOPBACK} port {port}: start mychatserver.py there")
+
+    def test_unknown_hosts(self) -> None:
+        for host in ("no.such.host.invalid", "a..b", "a" * 70):
+            with self.subTest(host=host):
+                self.fails(host, sentence=f"Unknown host {host!r}: check the spelling")
+
+    def test_where_a_server_listens_is_no_address_to_join(self) -> None:
+        for host in ("0.0.0.0", "::", "[::]"):
+            with self.subTest(host=host):
+                self.fails(host, sentence="is where a server listens, not an address to join")
+
+    def test_bad_arguments_are_told_as_usage(self) -> None:
+        for arguments, sentence in (
+            ((LOOPBACK, "abc"), "'abc' is not a port: a number from 1 to 65535"),
+            ((LOOPBACK, "0"), "'0' is not a port"),
+            ((LOOPBACK, "65536"), "'65536' is not a port"),
+            (("12001",), "12001 is no host; the port comes behind it: 127.0.0.1 12001"),
+            (("--versio",), "unrecognized arguments: --versio"),
+        ):
+            with self.subTest(arguments=arguments):
+                self.fails(*arguments, status=2, sentence=sentence)
+
+    def test_version(self) -> None:
+        with Program(sys.executable, CLIENT, "--version") as program:
+            self.assertEqual(program.wait(), 0)
+            self.assertEqual(program.output.decode(), f"mychatclient {mychatclient.__version__}\n")
+
+    def test_no_answer_in_time(self) -> None:
+        with silent_port() as port:
+            script = "import sys, mychatclient as c; c.CONNECT_SECONDS = 0.5; sys.exit(c.main(sys.argv[1:]))"
+            with Program(sys.executable, "-c", script, LOOPBACK, str(port)) as program:
+                self.assertEqual(program.wait(), 1)
+                self.assertIn(f"No answer from {LOOPBACK} port {port}: check the address", program.errors())
+
+    def test_ctrl_c_while_connecting(self) -> None:
+        with silent_port() as port:
+            script = (
+                "import socket, sys, mychatclient\n"
+                "connect = socket.create_connection\n"
+                "socket.create_connection = lambda *arguments: print('connecting', flush=True) or connect(*arguments)\n"
+                "sys.exit(mychatclient.main(sys.argv[1:]))\n"
+            )
+            with Program(sys.executable, "-c", script, LOOPBACK, str(port)) as program:
+                program.expect("connecting")
+                program.process.send_signal(signal.SIGINT)
+                self.assertEqual((program.wait(), program.errors()), (130, ""))
+
+    def test_all_addresses_of_a_name_are_tried(self) -> None:
+        with Server() as server:
+            addresses = [
+                (socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, server.port)) for host in ("127.0.0.9", LOOPBACK)
+            ]
+            original = socket.getaddrinfo
+
+            def resolve(host: str, *arguments: object, **options: object) -> object:
+                return addresses if host == "chat.example" else original(host, *arguments, **options)  # type: ignore[arg-type]
+
+            with mock.patch("socket.getaddrinfo", resolve), mychatclient.connect("chat.example", server.port) as sock:
+                self.assertEqual(sock.getpeername()[0], LOOPBACK)
+
+    def test_brackets_round_an_ipv6_address(self) -> None:
+        self.assertEqual(mychatclient.parse_args(["[::1]"]).host, "::1")
+
+    def test_every_kind_of_trouble_is_one_sentence(self) -> None:
+        for error, sentence in (
+            (ConnectionRefusedError(111, "Connection refused"), "No server at host port 1: start mychatserver.py"),
+            (socket.gaierror(-2, "Name or service not known"), "Unknown host 'host': check the spelling"),
+            (socket.timeout("timed out"), "No answer from host port 1: check the address"),
+            (TimeoutError(110, "Connection timed out"), "No answer from host port 1: check the address"),
+            (OSError(101, "Network is unreachable"), "Cannot reach host port 1: Network is unreachable; check"),
+        ):
+            with self.subTest(error=error):
+                self.assertTrue(mychatclient.connecting_problem(error, "host", 1).startswith(sentence))

@@ -1,0 +1,296 @@
+"""Who is slow, who pours, who stops: nothing is lost, nobody waits for ever, memory stays bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import unittest
+
+from tests.support import (
+    LOOPBACK,
+    SECONDS,
+    Background,
+    Listener,
+    Overdue,
+    Peer,
+    Server,
+    TestCase,
+    as_heard,
+    eventually,
+    needs_command,
+    numbered_lines,
+)
+
+MB = 1_000_000
+
+
+class Flow(TestCase):
+    def setUp(self) -> None:
+        self.server = Server("--quiet")
+        self.addCleanup(self.server.__exit__)
+        self.background = Background()
+
+    def peer(self, receive_buffer: int = 0) -> Peer:
+        peer = self.server.peer(receive_buffer=receive_buffer)
+        self.addCleanup(peer.close)
+        return peer
+
+    def pour(self, pourer: Peer, lines: bytes) -> None:
+        """Send it all in the background."""
+        self.background.run(pourer.send, lines)
+
+    def listen(self, peer: Peer, expected: bytes, pace: int = 0) -> Listener:
+        return Listener(peer, self.background, len(expected), pace)
+
+    def test_one_order_for_all_under_twenty_talkers(self) -> None:
+        """Each hears every line of every other once, whole, and in the order in which all others hear them."""
+        count, talkers = 500, 20
+        peers = [self.peer() for _ in range(talkers)]
+        heard: list[list[bytes]] = [[] for _ in peers]
+
+        def talk(peer: Peer) -> None:
+            for number in range(count):
+                peer.say(f"{number}")
+
+        def listen(peer: Peer, lines: list[bytes]) -> None:
+            while len(lines) < count * (talkers - 1):
+                lines.append(peer.line())
+
+        for peer, lines in zip(peers, heard):
+            self.background.run(listen, peer, lines)
+            self.background.run(talk, peer)
+        self.background.join()
+        for peer, lines in zip(peers, heard):
+            for other in peers:
+                own = f"{other.label}:".encode()
+                numbers = [int(line[len(own) :]) for line in lines if line.startswith(own)]
+                self.assertEqual(numbers, [] if other is peer else list(range(count)))
+        for one, lines in zip(peers, heard):
+            for other, others_lines in zip(peers, heard):
+                skipped = (f"{one.label}:".encode(), f"{other.label}:".encode())
+                self.assertEqual(
+                    [line for line in lines if not line.startswith(skipped)],
+                    [line for line in others_lines if not line.startswith(skipped)],
+                )
+
+    def test_three_mb_queued_to_someone_who_says_exit_all_arrive(self) -> None:
+        """What a later member has heard was given to the one who leaves before, so it must come before the end."""
+        pourer, leaver, later = self.peer(), self.peer(receive_buffer=8_192), self.peer()
+        lines = numbered_lines(40_000)
+        expected = as_heard(pourer.label, lines)
+        self.pour(pourer, lines)
+        self.assertTrue(self.listen(later, expected[: 3 * MB]).done.wait(SECONDS))
+        leaver.say("exit")
+        heard = leaver.read_to_end()
+        self.assertGreaterEqual(len(heard), 3 * MB)
+        self.assertTrue(expected.startswith(heard) and heard.endswith(b"\n"))
+        later.close()
+        self.background.join()
+
+    def test_a_client_that_never_reads_is_let_go_and_others_lose_nothing(self) -> None:
+        """While 50 MB go by: memory stays bounded."""
+        pourer, reader = self.peer(), self.peer()
+        self.peer(receive_buffer=8_192)
+        before = self.server.memory()
+        lines = numbered_lines(500_000)
+        expected = as_heard(pourer.label, lines)
+        listener = self.listen(reader, expected)
+        self.pour(pourer, lines)
+        self.server.expect("Connection closed")
+        self.assertLess(self.server.memory() - before, 40 * MB)
+        self.background.join()
+        listener.check(expected)
+
+    def test_a_reader_at_200_kb_a_second_with_4_mb_waiting_loses_nothing(self) -> None:
+        pourer, slow = self.peer(), self.peer(receive_buffer=65_536)
+        lines = numbered_lines(80_000)
+        expected = as_heard(pourer.label, lines)
+        self.pour(pourer, lines)
+        listener = self.listen(slow, expected[: 4 * MB], pace=200_000)
+        self.background.join(SECONDS * 2)
+        listener.check(expected[: 4 * MB])
+        pourer.say("exit")
+        rest = self.listen(slow, expected[4 * MB :])
+        self.background.join()
+        rest.check(expected[4 * MB :])
+
+    def test_a_reader_at_1_kb_a_second_is_let_go_and_holds_the_others_for_seconds_only(self) -> None:
+        pourer, quick, crawler = self.peer(), self.peer(), self.peer(receive_buffer=8_192)
+        lines = numbered_lines(400_000)
+        expected = as_heard(pourer.label, lines)
+        listener = self.listen(quick, expected)
+        crawl = Listener(crawler, Background(), len(expected), pace=1_000)
+        started = time.monotonic()
+        self.pour(pourer, lines)
+        self.server.expect("Connection closed")
+        self.background.join()
+        self.assertLess(time.monotonic() - started, 15 + SECONDS)
+        listener.check(expected)
+        crawler.close()
+        self.assertTrue(crawl.done.wait(SECONDS))
+
+    def test_two_programs_that_write_without_reading_are_let_go_and_others_chat_on(self) -> None:
+        """A third and a fourth wait for seconds at most, and lose nothing of each other's."""
+        writers = [self.peer(receive_buffer=8_192) for _ in range(2)]
+        third, fourth, fifth = self.peer(), self.peer(), self.peer()
+        for listener, other in ((third, fourth), (fourth, third)):
+            self.background.run(self.hear_all, listener, other.label, 40)
+        endless = Background()
+        started = time.monotonic()
+        said, heard, block = 0, Listener(fifth, endless, 1 << 40), numbered_lines(200)
+        # In step at first: who is sent little, because the other is not heard, has nothing to be let go for.
+        with contextlib.suppress(Overdue):
+            while said < 100 * MB:
+                for writer in writers:
+                    writer.send(block)
+                    said += len(block)
+                eventually(lambda: heard.count >= said, seconds=0.5)  # noqa: B023 - called at once
+        writings = [endless.run(self.write_until_closed, writer) for writer in writers]
+        for number in range(40):
+            third.say(f"number {number}")
+            fourth.say(f"number {number}")
+        for writing in writings:
+            writing.join(SECONDS)
+            self.assertFalse(writing.is_alive())
+        self.assertLess(time.monotonic() - started, 25)  # 12 in truth; 30 is what a reader has that does not pour
+        for peer in (third, fourth, fifth):
+            peer.half_close()
+        endless.join()
+        self.background.join()
+
+    @staticmethod
+    def write_until_closed(peer: Peer) -> None:
+        block = numbered_lines(200)
+        with contextlib.suppress(OSError):
+            while True:
+                peer.send(block)
+
+    @staticmethod
+    def hear_all(peer: Peer, label: str, count: int) -> None:
+        """Hear so many numbered lines from ``label``, whatever others say; read on to the end."""
+        for number in range(count):
+            peer.wait_for(label, f"number {number}")
+        peer.read_to_end()
+
+    def test_twenty_readers_that_stop_in_a_pour_are_let_go(self) -> None:
+        """At different moments; the rest get all of it, and memory stays under 40 MB over the start."""
+        pourer, reader = self.peer(), self.peer()
+        stopping = [self.peer(receive_buffer=8_192) for _ in range(20)]
+        lines = numbered_lines(300_000)
+        expected = as_heard(pourer.label, lines)
+        before = self.server.memory()
+        for number, peer in enumerate(stopping):
+            Listener(peer, self.background, 50_000 * (number + 1))
+        listener = self.listen(reader, expected)
+        self.pour(pourer, lines)
+        peak = 0
+        for _ in stopping:
+            self.server.expect("Connection closed")
+            peak = max(peak, self.server.memory())
+        self.background.join()
+        listener.check(expected)
+        self.assertLess(peak - before, 40 * MB)
+
+    def test_a_typist_is_heard_while_someone_pours(self) -> None:
+        pourer, typist, listener = self.peer(), self.peer(), self.peer()
+        endless = Background()
+        endless.run(self.write_until_closed, pourer)
+        endless.run(pourer.read_to_end)
+        endless.run(typist.read_to_end)
+        for number in range(20):
+            typist.say(f"number {number}")
+            listener.wait_for(typist.label, f"number {number}")
+        for peer in (pourer, typist):
+            peer.socket.shutdown(socket.SHUT_RDWR)
+        endless.join()
+
+    @needs_command("nc", "netcat-openbsd")
+    def test_two_nc_that_pour_20_mb_at_each_other_both_get_everything(self) -> None:
+        lines = numbered_lines(200_000)
+        programs = [
+            subprocess.Popen(
+                ["nc", "-N", LOOPBACK, str(self.server.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
+            for _ in range(2)
+        ]
+        try:
+            labels = [self.server.line().rpartition(" ")[2].rstrip(")") for _ in programs]
+            outputs = [bytearray(), bytearray()]
+
+            def write(program: subprocess.Popen[bytes]) -> None:
+                assert program.stdin
+                view = memoryview(lines)
+                while view:
+                    view = view[program.stdin.write(view) :]
+
+            def read(program: subprocess.Popen[bytes], output: bytearray) -> None:
+                assert program.stdout
+                while len(output) < len(lines) + len(lines) // 100 * 6 and (data := program.stdout.read(65536)):
+                    output += data
+
+            for program, output in zip(programs, outputs):
+                self.background.run(read, program, output)
+                self.background.run(write, program)
+            self.background.join(SECONDS * 2)
+            expected = {as_heard(label, lines) for label in labels}
+            self.assertEqual({bytes(output) for output in outputs}, expected)
+        finally:
+            for program in programs:
+                program.kill()
+                program.wait()
+                for stream in (program.stdin, program.stdout):
+                    assert stream
+                    stream.close()
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: /proc counts threads and descriptors")
+    def test_a_thousand_rude_comings_and_goings_leave_nothing_behind(self) -> None:
+        stayer = self.peer()
+        threads, descriptors = self.server.threads(), self.server.descriptors()
+        for number in range(1_000):
+            with Peer(LOOPBACK, self.server.port) as peer:
+                if number % 4 == 1:
+                    peer.send("half a line")
+                elif number % 4 == 2:
+                    peer.send(b"\xff" * 1_000 + b"\nexit\nexit\nquit\n")
+                elif number % 4 == 3:
+                    peer.say("hello")
+                if number % 2:
+                    peer.reset()
+        for count in (self.server.threads, self.server.descriptors):
+            wanted = threads if count == self.server.threads else descriptors
+            eventually(lambda: count() == wanted, f"{count()} instead of {wanted}")  # noqa: B023 - called at once
+        with self.peer() as late:
+            late.say("still here")
+            stayer.wait_for(late.label, "still here")
+
+
+class MaxClients(TestCase):
+    def test_one_too_many_is_told_and_there_is_room_again(self) -> None:
+        with Server("--max-clients", "2") as server, server.peer() as ann, server.peer() as bob:
+            with Peer(LOOPBACK, server.port) as third:
+                third.expect("* server full: 2 of 2 clients")
+                third.expect_end()
+                server.expect(f"Refused : {third.address}")
+            ann.say("nobody noticed")
+            bob.expect(f"{ann.label}:nobody noticed")
+            bob.say("exit")
+            bob.expect_end()
+            server.expect(f"{ann.label}:nobody noticed", "Connection closed")
+            with server.peer() as fourth:
+                fourth.say("room again")
+                ann.expect(f"{fourth.label}:room again")
+            server.stop()
+            self.assertEqual(server.output.count(b"New connection"), server.output.count(b"Connection closed"))
+
+    def test_refusals_are_shown_once_a_second_for_each_host(self) -> None:
+        with Server("--max-clients", "1") as server, server.peer() as ann:
+            for _ in range(20):
+                with Peer(LOOPBACK, server.port) as peer:
+                    peer.expect("* server full: 1 of 1 clients")
+            server.stop()
+            ann.expect_end()
+            self.assertLess(server.output.count(b"Refused"), 10)
+            self.assertGreater(server.output.count(b"Refused"), 0)

@@ -1,0 +1,106 @@
+"""The reference conversation: one server, three clients in terminals of their own, to the letter."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from tests.support import CLIENT, LOOPBACK, Server, Terminal, TestCase
+
+SERVER_OUTPUT = """\
+Server listening on 127.0.0.1:12000
+New connection from : ('127.0.0.1', 54358)
+New connection from : ('127.0.0.1', 54383)
+New connection from : ('127.0.0.1', 54396)
+54358:Hi!
+54383:Hello!{blank}
+54396:How are you guys doing?
+54383:Good.
+54358:Good.
+Connection closed
+Connection closed
+Connection closed
+"""
+
+SCREENS = (
+    """\
+Connected to chat server. Type 'exit' to leave.
+Hi!
+
+54383:Hello!{blank}
+
+54396:How are you guys doing?
+
+54383:Good.
+Good.
+exit
+Disconnected from server
+""",
+    """\
+Connected to chat server. Type 'exit' to leave.
+
+54358:Hi!
+Hello!{blank}
+
+54396:How are you guys doing?
+Good.
+
+54358:Good.
+exit
+Disconnected from server
+""",
+    """\
+Connected to chat server. Type 'exit' to leave.
+
+54358:Hi!
+
+54383:Hello!{blank}
+How are you guys doing?
+
+
+54383:Good.
+
+54358:Good.
+exit
+Disconnected from server
+""",
+)
+
+# Who types what; after each the others have seen it before anyone goes on.
+SAID = ((0, "Hi!"), (1, "Hello! "), (2, "How are you guys doing?"), (2, ""), (1, "Good."), (0, "Good."))
+
+
+class ReferenceConversation(TestCase):
+    maxDiff = None
+
+    def test_the_reference_conversation(self) -> None:
+        """Server and all three screens match to the letter, but for the ports, which the system gives."""
+        with Server() as server:
+            terminals: list[Terminal] = []
+            ports = {"12000": str(server.port)}
+            try:
+                for port in ("54358", "54383", "54396"):
+                    terminals.append(Terminal(sys.executable, CLIENT, LOOPBACK, str(server.port)))
+                    terminals[-1].wait_for("Type 'exit' to leave.\n")
+                    ports[port] = server.line().rpartition(" ")[2].rstrip(")")
+                labels = list(ports.values())[1:]
+                for speaker, text in SAID:
+                    terminals[speaker].type(f"{text}\n")
+                    terminals[speaker].wait_for(f"{text}\n")
+                    for listener in {0, 1, 2} - {speaker} if text else ():
+                        terminals[listener].wait_for(f"\n{labels[speaker]}:{text}\n")
+                for terminal in terminals:
+                    terminal.type("exit\n")
+                    self.assertEqual(terminal.wait(), 0)
+                    self.assertEqual(terminal.attributes(), terminal.before)
+                self.assertEqual(server.stop(), 0)
+            finally:
+                for terminal in terminals:
+                    terminal.__exit__()
+
+            def as_today(text: str) -> str:
+                return re.sub("|".join(ports), lambda found: ports[found[0]], text).format(blank=" ")
+
+            self.assertEqual(server.output.decode(), as_today(SERVER_OUTPUT))
+            for terminal, screen in zip(terminals, SCREENS):
+                self.assertEqual(terminal.screen(), as_today(screen))

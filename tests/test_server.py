@@ -1,0 +1,355 @@
+"""The server as a program: its options, its output, its limits, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import unittest
+from unittest import mock
+
+import mychatserver
+from tests.support import (
+    LOOPBACK,
+    SECONDS,
+    SERVER,
+    Background,
+    Peer,
+    Program,
+    Server,
+    TestCase,
+    as_heard,
+    eventually,
+    free_port,
+    numbered_lines,
+    peer_when_listening,
+)
+
+LINUX = unittest.skipUnless(sys.platform == "linux", "needs Linux: /proc tells of a process")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+class Options(TestCase):
+    def fails(self, *options: str, status: int, sentence: str) -> None:
+        """Fail unless the server ends with this status and says so on standard error, in one line if status is 1."""
+        with Program(sys.executable, SERVER, *options) as program:
+            self.assertEqual(program.wait(), status)
+            self.assertEqual(program.output, b"")
+            errors = program.errors()
+            self.assertIn(sentence, errors)
+            if status == 1:
+                self.assertEqual(errors.count("\n"), 1, errors)
+
+    def test_version(self) -> None:
+        with Program(sys.executable, SERVER, "--version") as program:
+            self.assertEqual(program.wait(), 0)
+            self.assertEqual(program.output.decode(), f"mychatserver {mychatserver.__version__}\n")
+
+    def test_bad_arguments_are_told_as_usage(self) -> None:
+        for options, sentence in (
+            (("--port", "abc"), "'abc' is not a number from 0 to 65535"),
+            (("--port", "99999"), "'99999' is not a number from 0 to 65535"),
+            (("--port", "-1"), "--port"),
+            (("--max-clients", "0"), "'0' is not a number from 1 to 1000000"),
+            (("--max", "3"), "unrecognized arguments: --max"),
+        ):
+            with self.subTest(options=options):
+                self.fails(*options, status=2, sentence=sentence)
+
+    def test_a_port_that_is_taken(self) -> None:
+        with Server() as server:
+            self.fails("--port", str(server.port), status=1, sentence=f"Port {server.port} is taken: a server may be")
+
+    def test_hosts_that_cannot_be(self) -> None:
+        for host, sentence in (
+            ("192.0.2.1", "192.0.2.1 is not an address of this machine"),
+            ("no.such.host.invalid", "Unknown host 'no.such.host.invalid'"),
+            ("", "Unknown host ''"),
+            ("a" * 70, "Unknown host 'aaa"),
+            ("a..b", "Unknown host 'a..b'"),
+        ):
+            with self.subTest(host=host):
+                self.fails("--host", host, "--port", "0", status=1, sentence=sentence)
+
+    def test_no_permission(self) -> None:
+        """Where a port under 1024 is free to take, as for root, the sentence alone is tried."""
+        error = PermissionError(13, "Permission denied")
+        self.assertEqual(
+            mychatserver.listening_problem(error, LOOPBACK, 80),
+            "No permission to listen on port 80: choose one from 1024 up with --port.",
+        )
+
+    @unittest.skipUnless(has_ipv6(), "needs IPv6")
+    def test_ipv6(self) -> None:
+        with Server("--host", "::1") as server:
+            self.assertEqual(server.first_line, f"Server listening on [::1]:{server.port}")
+            with server.peer("::1") as ann, server.peer("::1") as bob:
+                ann.say("Hi!")
+                bob.expect(f"{ann.label}:Hi!")
+
+    @unittest.skipUnless(has_ipv6(), "needs IPv6")
+    def test_all_addresses_of_both_families(self) -> None:
+        """An IPv4 address that comes over IPv6 is shown as itself."""
+        with Server("--host", "::") as server:
+            eventually(lambda: "can join" in server.errors())
+            with server.peer("::1", skip=r"Others join with: |No address was found") as ann, server.peer() as bob:
+                ann.say("Hi!")
+                bob.expect(f"{ann.label}:Hi!")
+
+    def test_quiet_shows_connections_and_closings_but_no_lines(self) -> None:
+        with Server("--quiet") as server:
+            with server.peer() as ann, server.peer() as bob:
+                ann.say("Hi!")
+                bob.expect(f"{ann.label}:Hi!")
+            server.expect("Connection closed", "Connection closed")
+            self.assertEqual(server.stop(), 0)
+            self.assertNotIn(b"Hi!", server.output)
+
+    def test_not_on_loopback_others_are_told_how_to_join_and_the_user_is_warned(self) -> None:
+        with Server("--host", "0.0.0.0") as server:
+            line = server.line()
+            self.assertRegex(line, r"^Others join with: python mychatclient.py \d+\.\d+\.\d+\.\d+ \d+$|^No address was")
+            self.assertNotIn("127.", line)
+            eventually(lambda: "can join" in server.errors())
+            self.assertEqual(server.errors().count("\n"), 1)
+
+    def test_addresses_for_others_are_the_likeliest_first_and_none_that_others_cannot_use(self) -> None:
+        names = [
+            (0, 0, 0, "", (address, 0))
+            for address in ("127.0.1.1", "10.0.0.9", "192.168.1.23", "fe80::1", "2001:db8::9")
+        ]
+        route = mock.MagicMock()
+        route.__enter__.return_value = route
+        route.getsockname.return_value = ("192.168.1.23", 5)
+        with (
+            mock.patch("socket.getaddrinfo", return_value=names),
+            mock.patch("socket.socket", return_value=route),
+        ):
+            listener = mock.Mock()
+            for host, expected in (
+                ("0.0.0.0", ["192.168.1.23", "10.0.0.9"]),
+                ("::", ["192.168.1.23", "10.0.0.9", "2001:db8::9"]),
+                ("192.168.1.23", ["192.168.1.23"]),
+            ):
+                listener.getsockname.return_value = (host, 12000)
+                self.assertEqual(mychatserver.addresses_for_others(listener), expected)
+
+
+class Ending(TestCase):
+    def test_signals_let_everyone_go_and_free_the_port_at_once(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number=number), Server() as server, server.peer() as ann, server.peer() as bob:
+                ann.say("one")
+                bob.expect(f"{ann.label}:one")
+                server.process.send_signal(number)
+                ann.expect_end()
+                bob.expect_end()
+                ann.close()  # bob stays: he is let go
+                self.assertEqual(server.wait(), 0)
+                self.assertEqual(server.output.count(b"Connection closed"), 2)
+                self.assertEqual(server.errors(), "")
+                with Program(sys.executable, SERVER, "--port", str(server.port)) as next_one:
+                    next_one.expect(f"Server listening on {LOOPBACK}:{server.port}")
+
+    def test_what_was_said_before_the_end_still_arrives(self) -> None:
+        lines = numbered_lines(30_000)
+        with Server("--quiet") as server, server.peer() as ann, server.peer() as bob, server.peer() as cid:
+            ann.send(lines)
+            expected = as_heard(ann.label, lines)
+            heard = b""
+            while len(heard) < len(expected):
+                heard += cid.socket.recv(1 << 20)
+            server.process.send_signal(signal.SIGTERM)
+            self.assertEqual(bob.read_to_end(), expected)
+            self.assertEqual(server.wait(), 0)
+
+    def test_a_stop_in_the_middle_of_a_flood_with_someone_who_never_reads(self) -> None:
+        with Server("--quiet") as server, server.peer() as pourer, server.peer(receive_buffer=8_192):
+            background = Background()
+
+            def pour() -> None:
+                try:
+                    while True:
+                        pourer.send(numbered_lines(1_000))
+                except OSError:
+                    pass
+
+            background.run(pour)
+            background.run(pourer.read_to_end)
+            with server.peer() as reader:
+                reader.line()
+                self.assertEqual(server.stop(), 0)
+            background.join()
+            self.assertEqual(server.errors(), "")
+
+
+class Output(TestCase):
+    def test_a_stopped_standard_output_stops_nothing_and_what_is_not_shown_is_counted(self) -> None:
+        lines = numbered_lines(100_000)
+        with Server() as server, server.peer() as ann, server.peer() as bob:
+            server.reading.clear()  # one block more is read, then the pipe fills
+            background = Background()
+            background.run(ann.send, lines)
+            expected = as_heard(ann.label, lines)
+            heard = 0
+            while heard < len(expected):
+                heard += len(bob.socket.recv(1 << 20))
+            background.join()
+            server.reading.set()
+            shown = missed = 0
+            while shown + missed < 100_000:
+                line = server.line()
+                if line.startswith("* "):
+                    missed += int(line.split()[1])
+                    self.assertEqual(line, f"* {line.split()[1]} lines not shown")
+                else:
+                    shown += 1
+            self.assertEqual(shown + missed, 100_000)
+            self.assertGreater(missed, 0)
+            ann.say("shown again")
+            server.expect(f"{ann.label}:shown again")
+
+    def test_a_standard_output_that_is_closed_later_ends_nothing(self) -> None:
+        port = free_port()
+        reading, writing = os.pipe()
+        with open(reading, "rb") as output:
+            server = Program(sys.executable, SERVER, "--port", str(port), output=writing)
+            os.close(writing)
+            self.assertEqual(output.readline().decode(), f"Server listening on {LOOPBACK}:{port}\n")
+        with server, Peer(LOOPBACK, port) as ann, Peer(LOOPBACK, port) as bob:
+            eventually(lambda: self.hears(ann, bob))
+            server.process.send_signal(signal.SIGTERM)
+            self.assertEqual(server.wait(), 0)
+            self.assertEqual(server.errors(), "")
+
+    def test_standard_streams_that_are_closed_at_the_start(self) -> None:
+        """No socket gets their numbers, so nothing that is shown goes to a client."""
+        port = free_port()
+        with Program(
+            "sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, SERVER, "--port", str(port)
+        ) as program:
+            with peer_when_listening(port) as ann, Peer(LOOPBACK, port) as bob:
+                with Peer(LOOPBACK, port) as cid:
+                    cid.say("hello")
+                    bob.expect(f"{cid.label}:hello")
+                ann.expect(f"{cid.label}:hello")
+                bob.say("bye")
+                ann.expect(f"{bob.label}:bye")
+                program.process.send_signal(signal.SIGTERM)
+                ann.expect_end()
+            self.assertEqual(program.wait(), 0)
+
+    def test_head_1_as_a_reader_of_the_output(self) -> None:
+        head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert head.stdin
+        with Program(sys.executable, SERVER, "--port", "0", output=head.stdin.fileno()) as server:
+            first, _ = head.communicate(timeout=SECONDS)
+            port = int(first.rpartition(b":")[2])
+            with Peer(LOOPBACK, port) as ann, Peer(LOOPBACK, port) as bob:
+                eventually(lambda: self.hears(ann, bob))
+            server.process.send_signal(signal.SIGTERM)
+            self.assertEqual(server.wait(), 0)
+            self.assertEqual(server.errors(), "")
+
+    @staticmethod
+    def hears(ann: Peer, bob: Peer) -> bool:
+        """Say something, again and again: there is no console to tell when bob is in."""
+        ann.say("anyone?")
+        bob.socket.settimeout(0.5)
+        try:
+            bob.expect(f"{ann.label}:anyone?")
+        except OSError:
+            return False
+        return True
+
+    @LINUX
+    def test_a_full_disk_ends_nothing(self) -> None:
+        port = free_port()
+        with (
+            open("/dev/full", "wb") as full,
+            Program(sys.executable, SERVER, "--port", str(port), output=full.fileno()) as server,
+        ):
+            with peer_when_listening(port) as ann, Peer(LOOPBACK, port) as bob:
+                eventually(lambda: self.hears(ann, bob))
+            server.process.send_signal(signal.SIGTERM)
+            self.assertEqual(server.wait(), 0)
+            self.assertEqual(server.errors(), "")
+
+
+class Limits(TestCase):
+    @LINUX
+    def test_two_hundred_connects_with_64_descriptors(self) -> None:
+        """Those inside talk on, the server says so once and does not spin, and there is room when some leave."""
+        with (
+            Server(prefix=("sh", "-c", 'ulimit -n 64; exec "$@"', "sh")) as server,
+            server.peer() as ann,
+            server.peer() as bob,
+        ):
+            crowd = [Peer(LOOPBACK, server.port) for _ in range(200)]
+            eventually(lambda: "Too many open files" in server.errors())
+            wake_ups, seconds = server.work()
+            started = time.monotonic()
+            while time.monotonic() - started < 3:
+                ann.say("still here")
+                bob.expect(f"{ann.label}:still here")
+                ann.send("")  # each exchange wakes a few threads; a loop that spins uses the CPU all the time
+                time.sleep(0.1)  # what the server does in between is what is measured
+            more_wake_ups, more_seconds = (after - before for after, before in zip(server.work(), (wake_ups, seconds)))
+            self.assertLess(more_wake_ups, 3_000)
+            self.assertLess(more_seconds, 1.5)
+            self.assertEqual(server.errors().count("\n"), 1)
+            self.assertIn("ulimit -n", server.errors())
+            for peer in crowd[:-1]:
+                peer.close()
+            crowd[-1].say("let in at last")
+            bob.wait_for(crowd[-1].label, "let in at last")
+            crowd[-1].close()
+
+    def test_who_leaves_while_waiting_to_be_accepted_does_no_harm(self) -> None:
+        with Server() as server:
+            for _ in range(50):
+                Peer(LOOPBACK, server.port).reset()
+            with server.peer() as ann, server.peer() as bob:
+                ann.say("Hi!")
+                bob.expect(f"{ann.label}:Hi!")
+
+    def test_no_more_threads(self) -> None:
+        """A thread that cannot start is said once; its client is closed, and the others talk on."""
+        script = (
+            "import sys, threading, mychatserver\n"
+            "start, count = threading.Thread.start, 0\n"
+            "def few(thread):\n"
+            "    global count\n"
+            "    count += thread.name.startswith('Thread')\n"
+            "    if count == 3:\n"
+            '        raise RuntimeError("can\'t start new thread")\n'
+            "    start(thread)\n"
+            "threading.Thread.start = few\n"
+            "sys.exit(mychatserver.main(['--port', '0']))\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(SERVER).parent)}
+        with mock.patch.dict(os.environ, environment), Program(sys.executable, "-c", script) as program:
+            port = int(program.line().rpartition(":")[2])
+            with Peer(LOOPBACK, port) as ann, Peer(LOOPBACK, port) as bob:
+                program.line(), program.line()
+                with Peer(LOOPBACK, port) as third:
+                    third.expect_end()
+                with Peer(LOOPBACK, port) as fourth:
+                    program.expect(f"New connection from : {fourth.address}")
+                    ann.say("Hi!")
+                    bob.expect(f"{ann.label}:Hi!")
+                    fourth.expect(f"{ann.label}:Hi!")
+                program.process.send_signal(signal.SIGTERM)
+            self.assertEqual(program.wait(), 0)
+            self.assertIn("can't start new thread", program.errors())
