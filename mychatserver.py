@@ -246,9 +246,7 @@ class Client:
         self._drained: threading.Event | None = None
         # Only the server thread uses what follows.
         self._taken = 0  # bytes since the last note
-        self._notes: collections.deque[int] = collections.deque(
-            maxlen=FLOOR_SECONDS
-        )  # bytes taken in each second of being late
+        self._notes: collections.deque[int] = collections.deque(maxlen=FLOOR_SECONDS)  # taken in each second of late
         self._idle_seconds = 0
         self._said_before = 0  # as of the last note
 

@@ -79,16 +79,21 @@ class Flow(TestCase):
     def test_three_mb_queued_to_someone_who_says_exit_all_arrive(self) -> None:
         """What a later member has heard was given to the one who leaves before, so it must come before the end."""
         pourer, leaver, later = self.peer(), self.peer(receive_buffer=8_192), self.peer()
-        lines = numbered_lines(40_000)
+        lines = numbered_lines(100_000)
         expected = as_heard(pourer.label, lines)
         self.pour(pourer, lines)
-        self.assertTrue(self.listen(later, expected[: 3 * MB]).done.wait(SECONDS))
+        listener = self.listen(later, expected)
+        said = 0
+        with contextlib.suppress(Overdue):  # the pourer has had its share: the leaver is more than 1 MiB behind
+            while True:
+                said = listener.count
+                eventually(lambda: listener.count > said, seconds=0.5)  # noqa: B023 - called at once
         leaver.say("exit")
         heard = leaver.read_to_end()
-        self.assertGreaterEqual(len(heard), 3 * MB)
+        self.assertGreaterEqual(len(heard), max(said, 3 * MB))
         self.assertTrue(expected.startswith(heard) and heard.endswith(b"\n"))
-        later.close()
         self.background.join()
+        listener.check(expected)
 
     def test_a_client_that_never_reads_is_let_go_and_others_lose_nothing(self) -> None:
         """While 50 MB go by: memory stays bounded."""
@@ -105,14 +110,14 @@ class Flow(TestCase):
         listener.check(expected)
 
     def test_a_reader_at_200_kb_a_second_with_4_mb_waiting_loses_nothing(self) -> None:
+        """Nor of the 40 MB that someone pours meanwhile: the pourer waits for the reader."""
         pourer, slow = self.peer(), self.peer(receive_buffer=65_536)
-        lines = numbered_lines(80_000)
+        lines = numbered_lines(400_000)
         expected = as_heard(pourer.label, lines)
         self.pour(pourer, lines)
         listener = self.listen(slow, expected[: 4 * MB], pace=200_000)
-        self.background.join(SECONDS * 2)
+        self.assertTrue(listener.done.wait(SECONDS * 2))
         listener.check(expected[: 4 * MB])
-        pourer.say("exit")
         rest = self.listen(slow, expected[4 * MB :])
         self.background.join()
         rest.check(expected[4 * MB :])
