@@ -73,7 +73,9 @@ class Screen:
     def __init__(self) -> None:
         self.gone = False  # nobody reads it any more, as after ``| head -1``
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
-        self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - open as long as the process runs
+        self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
+        if sys.platform != "win32":
+            os.set_blocking(1, True)  # it may be shared with a program that had set it otherwise
         self._lock = threading.Lock()  # one message at a time
 
     def show(self, block: bytes) -> None:
@@ -122,7 +124,7 @@ def connect(host: str, port: int) -> socket.socket:
 def connecting_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
     if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {host!r}: check the spelling, or use the address that the server printed."
+        return f"Unknown host {host!r}: check the spelling; a port comes behind it, after a blank."
     if isinstance(error, ConnectionRefusedError):
         return f"No server at {host} port {port}: start mychatserver.py there, or give another port."
     if isinstance(error, (socket.timeout, TimeoutError)):
@@ -174,7 +176,7 @@ class WrongServer(Exception):
 def lines_to_show(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Yield blocks of lines cleaned; raise WrongServer when the first is nothing that a chat server says."""
     for number, block in enumerate(blocks):
-        if number == 0 and block.startswith(b"HTTP/"):
+        if number == 0 and block[:9].upper().startswith((b"HTTP/", b"<!DOCTYPE", b"<HTML")):
             raise WrongServer("that is a web server; check host and port.")
         if number == 0 and block.startswith((b"\x15\x03", b"\x16\x03")):  # alert, handshake: RFC 8446, 5.1
             raise WrongServer("that server speaks TLS; check host and port.")
@@ -291,7 +293,7 @@ class Conversation:
                 if self._screen.gone:
                     break
             if not self._leaving:
-                self._problem = "the server closed the connection; it may be back later."
+                self._problem = "the server closed the connection; try again later."
         except WrongServer as error:
             self._problem = str(error)
         except Interrupted:
@@ -349,7 +351,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     parser = argparse.ArgumentParser(prog="mychatclient", description="A chat client.", allow_abbrev=False)
     parser.add_argument("host", nargs="?", default=DEFAULT_HOST, help="whom to join (default: %(default)s)")
-    parser.add_argument("port", nargs="?", type=port_number, default=DEFAULT_PORT, help="(default: %(default)s)")
+    parser.add_argument(
+        "port", nargs="?", type=port_number, default=DEFAULT_PORT, help="its port (default: %(default)s)"
+    )
     parser.add_argument("--version", action="version", version=f"mychatclient {__version__}")
     options = parser.parse_args(argv)
     if options.host.isdigit():

@@ -982,7 +982,7 @@ def say_where(console: Writer, listener: socket.socket) -> None:
 def listening_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why the server cannot listen, and what to do."""
     if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {host!r}: give --host an address of this machine, or 0.0.0.0 for all of them."
+        return f"Unknown host {host!r}: give --host an address of this machine; a port goes to --port."
     if error.errno == errno.EADDRINUSE:
         return f"Port {port} is taken: a server may be running there already; choose another with --port."
     if error.errno == errno.EADDRNOTAVAIL:
@@ -1039,7 +1039,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--max-clients", type=number(1, 1_000_000), metavar="N", help="so many at once (default: no limit)")
     option("--quiet", action="store_true", help="do not show chat lines here (default: show them)")
     option("--version", action="version", version=f"mychatserver {__version__}")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
+        options.host = options.host[1:-1]
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

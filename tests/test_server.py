@@ -92,7 +92,7 @@ class Options(TestCase):
 
     @unittest.skipUnless(has_ipv6(), "needs IPv6")
     def test_ipv6(self) -> None:
-        with Server("--host", "::1") as server:
+        with Server("--host", "[::1]") as server:
             self.assertEqual(server.first_line, f"Server listening on [::1]:{server.port}")
             with server.peer("::1") as ann, server.peer("::1") as bob:
                 ann.say("Hi!")
