@@ -60,17 +60,18 @@ ROUND_BYTES = 65_536, 1_048_576  # least and most that one turn relays
 ROUND_DELIVERED_BYTES = 33_554_432  # between the two: what a turn delivers to all members together
 PORTION_MIN_BYTES = 256  # the least a handler puts down at once, where there is more
 SHARE_MAX_BYTES = 262_144  # what one client may say while somebody is late: this at most,
-SHARES_BYTES = 8_388_608  # all clients together this at most (a backlog is as large),
+SHARES_BYTES = 8_388_608  # all clients together this at most (and newcomers half as much again),
 SHARES_DELIVERED_BYTES = 1_073_741_824  # and this at most, times its readers
 
 LATE_BYTES = 1_048_576  # a client with a larger backlog is late ...
 ON_TIME_BYTES = LATE_BYTES // 2  # ... until it is under this
-MAX_BACKLOG_BYTES = 16 * LATE_BYTES  # twice what shares can add up to: out of reach, and the end if it is not
+MAX_BACKLOG_BYTES = 16 * LATE_BYTES  # more than shares can add up to: out of reach, and the end if it is not
 FLOOR_BYTES = 131_072  # what somebody late must take in so many seconds, else it is let go:
 FLOOR_SECONDS = 5
 STALL_SECONDS = 30  # in which somebody with any backlog must take something, else it is let go
 POUR_BYTES = 131_072  # who says as much in a second, without taking anything, has FLOOR_SECONDS only
 FLUSH_BYTES = 262_144  # sent to one client before the next has its turn: a typist must not wait for a backlog
+MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
 MAX_PIECES = 1_024  # in one sendmsg: IOV_MAX on Linux and macOS
 
 CONSOLE_BYTES = 1_048_576  # what may wait for a slow standard output
@@ -204,7 +205,11 @@ class Batch:
         span = self._spans.get(member)
         if span is None:
             return self._for_listeners
-        return [piece for piece in (self._whole[: span[0]], self._whole[span[1] :]) if piece]
+        pieces = [piece for piece in (self._whole[: span[0]], self._whole[span[1] :]) if piece]
+        if pieces and 2 * sum(map(len, pieces)) < len(self._whole):
+            # A copy: a backlog of small views would keep all of its owner's own lines in memory.
+            return [memoryview(b"".join(pieces))]
+        return pieces
 
 
 # --- Members: who is given every batch, and must not hold up anyone ---------------------------------------------------
@@ -284,13 +289,8 @@ class Client:
     def end(self) -> None:
         """Give up the connection and its backlog; wakes a blocked ``blocks``. Does not block, may be repeated."""
         with self._lock:
-            self.ended = self._finishing = True
-            self._backlog.clear()
-            self.behind = 0
-            with contextlib.suppress(OSError):  # the peer is gone already, or the socket closed
-                self._sock.shutdown(socket.SHUT_RDWR)
-            if self._drained:
-                self._drained.set()
+            self.ended = True
+            self._give_up()
 
     # Runs in the server thread
 
@@ -399,11 +399,7 @@ class Client:
         except OSError as error:
             if error.errno == errno.ENOBUFS:  # the system's, not the peer's trouble: it will pass
                 return 0
-            self._finishing = True  # the peer is gone; its handler sees it too, and leaves
-            self._backlog.clear()
-            self.behind = 0
-            if self._drained:
-                self._drained.set()
+            self._give_up()  # the peer is gone; its handler sees it too, and leaves
             return 0
         self.behind -= sent
         left = sent
@@ -414,6 +410,15 @@ class Client:
         if self._finishing and not self._backlog:
             self._half_close()
         return sent
+
+    def _give_up(self) -> None:
+        self._finishing = True
+        self._backlog.clear()
+        self.behind = 0
+        with contextlib.suppress(OSError):  # the peer is gone already, or the socket closed
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if self._drained:
+            self._drained.set()
 
     def _half_close(self) -> None:
         with contextlib.suppress(OSError):  # the peer is gone already
@@ -431,8 +436,6 @@ class Writer:
     def __init__(self, descriptor: int) -> None:
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
-        if sys.platform != "win32":
-            os.set_blocking(descriptor, True)  # it may be shared with a program that had set it otherwise
         # Guards what follows; notified when there is something to do.
         self._changed = threading.Condition()
         self._queue: list[memoryview] = []
@@ -484,7 +487,9 @@ class Writer:
     def _write(self, text: bytes) -> None:
         rest = memoryview(text)
         while rest:
-            rest = rest[self._file.write(rest) :]
+            if sys.platform != "win32":
+                os.set_blocking(self._file.fileno(), True)  # it may be shared with a program that sets it otherwise
+            rest = rest[self._file.write(rest) or 0 :]
 
 
 # --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
@@ -511,7 +516,10 @@ class Room:
         self._queued: set[Client] = set()  # who has a block in the queue: one at most
         self._turn_is_awaited = False  # somebody waits for the turn, and will take what is put down until then
         self._late: set[Client] = set()
-        self._said: dict[Client, int] = {}  # bytes put down by each since somebody is late
+        self._share = 0  # what each may put down while somebody is late
+        self._said: dict[Client, int] = {}  # what each has put down since,
+        self._said_by_all = 0  # and all together
+        self._newcomers: set[Client] = set()  # who has joined since
         self._waiters: dict[Client, threading.Condition] = {}  # handlers that wait to put down, or to be on time
 
     # Runs in the handler thread
@@ -526,6 +534,9 @@ class Room:
             client.label = self._free_label(client.address[1])
             self._clients[client.label] = client
             self._members.append(client)
+            with self._queue_lock:
+                if self._late:
+                    self._newcomers.add(client)
             self._console.say(f"New connection from : {client.address}")
 
     def leave(self, client: Client) -> None:
@@ -538,6 +549,7 @@ class Room:
             self._console.say("Connection closed")
         with self._queue_lock:
             self._said.pop(client, None)
+            self._newcomers.discard(client)
             self._no_longer_late(client)
 
     def relay(self, client: Client, lines: bytes) -> None:
@@ -559,6 +571,7 @@ class Room:
                 client.said += end - start
                 if self._late:
                     self._said[client] = self._said.get(client, 0) + end - start
+                    self._said_by_all += end - start
                 start = end
                 if self._turn_is_awaited:
                     continue
@@ -602,6 +615,10 @@ class Room:
         elif behind > LATE_BYTES:
             with self._queue_lock:
                 if client.behind > LATE_BYTES:  # or the server thread has sent it since, and found nobody late
+                    if not self._late:  # counted once: people who come and go must not make it add up to more
+                        members = len(self._members)
+                        shares = min(SHARES_BYTES, SHARES_DELIVERED_BYTES // members)
+                        self._share = max(PORTION_MIN_BYTES, min(SHARE_MAX_BYTES, shares // members))
                     self._late.add(client)
 
     # Call with the turn held
@@ -663,6 +680,8 @@ class Room:
         self._wake(client)
         if not self._late:
             self._said.clear()
+            self._said_by_all = 0
+            self._newcomers.clear()
             for waiter in self._waiters:
                 self._wake(waiter)
 
@@ -671,18 +690,17 @@ class Room:
             return True
         if client in self._queued or client in self._late:
             return False
-        return not self._late or self._said.get(client, 0) < self._share()
-
-    def _share(self) -> int:
-        """What one client may say while somebody is late, in bytes."""
-        members = max(1, len(self._members))
-        return min(SHARE_MAX_BYTES, min(SHARES_BYTES, SHARES_DELIVERED_BYTES // members) // members)
+        if not self._late:
+            return True
+        if client in self._newcomers and self._said_by_all >= SHARES_BYTES // 2:
+            return False  # or who leaves and comes again would have a share each time
+        return self._said.get(client, 0) < self._share
 
     def _portion_end(self, block: bytes, start: int) -> int:
         """Where to cut ``block`` so that the next round has room for a portion of everyone who wants to speak."""
         portion = self._round_bytes() // (len(self._queue) + 1)
         if self._late:
-            portion = min(portion, self._share() // 4)
+            portion = min(portion, self._share // 4)
         portion = max(PORTION_MIN_BYTES, portion)
         if len(block) - start <= portion:
             return len(block)
@@ -830,7 +848,8 @@ class Server:
             if not self._behind:
                 self._next_tick = time.monotonic() + 1.0
             self._behind.add(client)
-            self._selector.register(client, selectors.EVENT_WRITE, functools.partial(self._flush, client))
+            if len(self._behind) < MAX_WATCHED:  # the rest wait for the next tick
+                self._selector.register(client, selectors.EVENT_WRITE, functools.partial(self._flush, client))
 
     def _flush(self, client: Client) -> None:
         behind = client.flush()
@@ -841,7 +860,8 @@ class Server:
     def _unwatch(self, client: Client) -> None:
         if client in self._behind:
             self._behind.remove(client)
-            self._selector.unregister(client)
+            if client in self._selector.get_map():
+                self._selector.unregister(client)
 
     def _say_refused(self, address: tuple[str, int]) -> None:
         """Show who was turned away, one line a second and host, so that a rude host does not fill the console."""

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 import unittest
 
@@ -121,6 +122,32 @@ class Flow(TestCase):
         rest = self.listen(slow, expected[4 * MB :])
         self.background.join()
         rest.check(expected[4 * MB :])
+
+    def test_who_comes_again_and_again_does_not_make_a_slow_reader_lose_its_place(self) -> None:
+        """While it is late: a newcomer's share is what others have left, not another share."""
+        pourer, slow = self.peer(), self.peer(receive_buffer=65_536)
+        background = Background()
+        background.run(self.write_until_closed, pourer)
+        threading.Event().wait(0.5)  # the reader reads nothing so long, and is late then
+        lines, labels = numbered_lines(2_500), []
+
+        def come_and_go() -> None:
+            for _ in range(80):
+                with Peer(LOOPBACK, self.server.port) as comer:
+                    labels.append(comer.label.encode())
+                    comer.send(lines)
+                    comer.half_close()
+                    comer.read_to_end()
+
+        self.background.run(come_and_go)
+        pourer.reset()
+        threading.Event().wait(3)  # in which a share for each would be 20 MB
+        for number in range(80):
+            while not (line := slow.line()).endswith(lines[-100:-1]):
+                pass
+            self.assertEqual(line.partition(b":")[0], labels[number])
+        self.background.join()
+        background.join()
 
     def test_a_reader_at_1_kb_a_second_is_let_go_and_holds_the_others_for_seconds_only(self) -> None:
         pourer, quick, crawler = self.peer(), self.peer(), self.peer(receive_buffer=8_192)

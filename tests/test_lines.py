@@ -182,6 +182,25 @@ class Speaking(unittest.TestCase):
         self.assertEqual(labelled("54358", b"a\n\tb\n"), b"54358:a\n54358:\tb\n")
 
 
+class Batches(unittest.TestCase):
+    def test_each_gets_everything_but_its_own(self) -> None:
+        ann, bob, cid = (mock.Mock() for _ in range(3))
+        batch = mychatserver.Batch([(ann, b"1:a\n"), (bob, b"2:b\n2:c\n")])
+        for member, expected in ((ann, b"2:b\n2:c\n"), (bob, b"1:a\n"), (cid, b"1:a\n2:b\n2:c\n")):
+            self.assertEqual(b"".join(batch.besides(member)), expected)
+        self.assertEqual(mychatserver.Batch([(ann, b"1:a\n")]).besides(ann), [])
+
+    def test_a_backlog_keeps_at_most_twice_its_bytes_in_memory(self) -> None:
+        """A sender's own lines are not kept for it, however large they are beside the others'."""
+        ann, bob = mock.Mock(), mock.Mock()
+        for size in (1, 30_000, 59_000, 61_000):
+            batch = mychatserver.Batch([(ann, b"x" * 60_000), (bob, b"y" * size)])
+            for member in (ann, bob):
+                pieces = batch.besides(member)
+                kept = {id(piece.obj): memoryview(piece.obj).nbytes for piece in pieces}
+                self.assertLessEqual(sum(kept.values()), 2 * sum(map(len, pieces)))
+
+
 class Piping(unittest.TestCase):
     """The client's scan of its standard input for ``exit``."""
 
