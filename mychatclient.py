@@ -29,12 +29,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+if sys.platform != "win32":
+    import termios
+
 __version__ = "1.0"
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 12000
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
+SERVER_CLOSED = "the server closed the connection; try again later."
 EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - what a server listens on, and nobody can join
 
 CONNECT_SECONDS = 10.0  # for all addresses of a name together
@@ -71,11 +75,10 @@ class Screen:
     """Owns standard output. Its methods may be called from any thread, and block while that does."""
 
     def __init__(self) -> None:
-        self.gone = False  # nobody reads it any more, as after ``| head -1``
+        self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written,
+        self.problem = ""  # as on a full disk, for this reason
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
-        if sys.platform != "win32":
-            os.set_blocking(1, True)  # it may be shared with a program that had set it otherwise
         self._lock = threading.Lock()  # one message at a time
 
     def show(self, block: bytes) -> None:
@@ -91,9 +94,13 @@ class Screen:
         with self._lock:
             try:
                 while rest:
-                    rest = rest[self._file.write(rest) :]
-            except OSError:
+                    if sys.platform != "win32":
+                        os.set_blocking(1, True)  # it may be shared with a program that sets it otherwise
+                    rest = rest[self._file.write(rest) or 0 :]
+            except OSError as error:
                 self.gone = True
+                if error.errno not in (errno.EPIPE, errno.EINVAL):  # the reader has left; on Windows it is EINVAL
+                    self.problem = error.strerror or str(error)
 
 
 # --- The connection: how to get one, and what comes from it -----------------------------------------------------------
@@ -106,18 +113,21 @@ def connect(host: str, port: int) -> socket.socket:
     UnicodeError for what cannot be a name.
     """
     deadline = time.monotonic() + CONNECT_SECONDS
-    addresses = [entry[4] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     problem = OSError(errno.EADDRNOTAVAIL, "no address")
-    for tries_left, address in zip(range(len(addresses), 0, -1), addresses):
-        seconds = max(0.1, (deadline - time.monotonic()) / tries_left)
-        try:
-            sock = socket.create_connection((str(address[0]), port), seconds)
-        except OSError as error:
-            problem = error
-            continue
-        sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
+    for tries_left, (family, kind, protocol, _, address) in zip(range(len(entries), 0, -1), entries):
+        with contextlib.ExitStack() as unless_connected:
+            try:
+                sock = unless_connected.enter_context(socket.socket(family, kind, protocol))
+                sock.settimeout(max(0.1, (deadline - time.monotonic()) / tries_left))
+                sock.connect(address)
+                sock.settimeout(None)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError as error:
+                problem = error
+            else:
+                unless_connected.pop_all()
+                return sock
     raise problem
 
 
@@ -201,7 +211,15 @@ def typed() -> Iterator[tuple[bytes, bool]]:
 def piped() -> Iterator[tuple[bytes, bool]]:
     """Yield standard input in the blocks that it comes in, and whether ``exit`` ends them. Blocks in reading."""
     unfinished = b""
-    while data := os.read(0, READ_BYTES):
+    if sys.platform != "win32":
+        os.set_blocking(0, True)  # it may be shared, as standard output
+    while True:
+        try:
+            data = os.read(0, READ_BYTES)
+        except OSError:  # there is none, as under nohup
+            return
+        if not data:
+            return
         window = unfinished + data
         exit_line = EXIT.search(window) if b"exit" in window else None
         if exit_line:
@@ -242,7 +260,8 @@ class Conversation:
     def run(self) -> int:
         """Send what is entered and show what comes, until one side leaves; return the exit status."""
         signal.set_wakeup_fd(self._signals.fileno())
-        signal.signal(signal.SIGINT, self._on_ctrl_c)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background job
+            signal.signal(signal.SIGINT, self._on_ctrl_c)
         if sys.platform != "win32":
             signal.signal(signal.SIGURG, self._on_interrupt)  # nobody sends it but this program itself
         self._screen.say(GREETING)
@@ -267,11 +286,13 @@ class Conversation:
                     break
             self._leaving = True
             self._sock.shutdown(socket.SHUT_WR)
-        except OSError:  # the connection is lost: the receive thread shows what had come, and knows why
+        except OSError:  # the connection is lost: the receive thread shows what had come, and may know why
             self._receiver.join()
+            self._problem = self._problem or SERVER_CLOSED
 
     def _on_ctrl_c(self, *_: object) -> None:
         self._ctrl_c = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once: the screen may be stuck
         if sys.platform == "win32":
             self._on_interrupt()
         else:  # as from the receive thread; CPython stumbles when two signals raise while input() waits
@@ -293,7 +314,7 @@ class Conversation:
                 if self._screen.gone:
                     break
             if not self._leaving:
-                self._problem = "the server closed the connection; try again later."
+                self._problem = SERVER_CLOSED
         except WrongServer as error:
             self._problem = str(error)
         except Interrupted:
@@ -313,14 +334,22 @@ class Conversation:
 
     def _farewell(self) -> int:
         """Say how the conversation ended; return the exit status."""
+        if self._ctrl_c:
+            if not self._receiver.is_alive():  # else it is stuck in showing something, and so would this be
+                # In a terminal the row has ^C, and perhaps a half-typed line.
+                self._screen.say(f"\n{FAREWELL}" if os.isatty(1) else FAREWELL)
+            return 130
         if self._screen.gone:
-            return 0
-        if self._ctrl_c and os.isatty(1):
-            self._screen.say("")  # the row has ^C, and perhaps a half-typed line
-        if self._problem and not self._ctrl_c:
+            if self._screen.problem:
+                warn(f"Cannot show what comes: {self._screen.problem}; give standard output another place.")
+            return 1 if self._screen.problem else 0
+        if self._problem:
             warn(f"Connection lost: {self._problem}")
+            if sys.platform != "win32" and os.isatty(0):  # or the shell would run what was typed here
+                with contextlib.suppress(termios.error):
+                    termios.tcflush(0, termios.TCIFLUSH)
         self._screen.say(FAREWELL)
-        return 130 if self._ctrl_c else 1 if self._problem else 0
+        return 1 if self._problem else 0
 
 
 # --- The command line: whom to join, and what can go wrong ------------------------------------------------------------
@@ -338,6 +367,8 @@ def open_missing_descriptors() -> None:
     while descriptor <= 2:
         descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
+    if sys.stdout is None or sys.stderr is None:  # which input() would miss
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for good
 
 
 def port_number(text: str) -> int:

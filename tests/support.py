@@ -355,6 +355,17 @@ class Terminal:
         """Return the terminal's settings, to be equal to ``before``."""
         return termios.tcgetattr(self._slave)
 
+    def left_to_read(self) -> bytes:
+        """Return what a shell would find typed ahead."""
+        mode = termios.tcgetattr(self._slave)
+        mode[3] &= ~termios.ICANON
+        termios.tcsetattr(self._slave, termios.TCSANOW, mode)
+        os.set_blocking(self._slave, False)
+        try:
+            return os.read(self._slave, 1_000)
+        except BlockingIOError:
+            return b""
+
     def __enter__(self) -> Terminal:
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -191,6 +192,48 @@ class Pipes(TestCase):
             program.expect(GREETING, "", f"{ann.label}:é漢😀")
             server.expect(f"{ann.label}:é漢😀")
 
+    def test_ctrl_c_while_nobody_reads_the_output(self) -> None:
+        with Server("--quiet") as server, server.peer() as ann, client(server.port) as program:
+            program.expect(GREETING)
+            server.line()
+            program.reading.clear()
+            ann.send(b"x" * 60_000 + b"\n")
+            ann.send((b"x" * 60_000 + b"\n") * 4)
+            eventually(lambda: b"xxx" in program.output)  # one block was read, the rest fills the pipe
+            eventually(lambda: self.blocked_in_writing(program))
+            program.process.send_signal(signal.SIGINT)
+            self.assertEqual(program.process.wait(SECONDS), 130)
+
+    @staticmethod
+    def blocked_in_writing(program: Program) -> bool:
+        threads = pathlib.Path(f"/proc/{program.process.pid}/task").glob("*/wchan")
+        return sys.platform != "linux" or any("pipe" in thread.read_text() for thread in threads)
+
+    def test_ctrl_c_is_not_for_a_background_job(self) -> None:
+        """Where SIGINT is ignored from the start it stays so."""
+        with Server() as server:
+            command = ("sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, CLIENT, LOOPBACK, str(server.port))
+            with Program(*command, keep_input=True) as program:
+                program.expect(GREETING)
+                program.process.send_signal(signal.SIGINT)
+                program.end_input()
+                program.expect(FAREWELL)
+                self.assertEqual(program.wait(), 0)
+
+    def test_input_that_cannot_be_read_is_none(self) -> None:
+        with Server() as server, open(os.devnull, "wb") as unreadable:
+            command = [sys.executable, CLIENT, LOOPBACK, str(server.port)]
+            done = subprocess.run(command, stdin=unreadable, capture_output=True, timeout=SECONDS, check=False)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+            self.assertEqual(done.stdout.decode(), f"{GREETING}\n{FAREWELL}\n")
+
+    def test_a_full_disk_is_told(self) -> None:
+        with Server() as server, open("/dev/full", "wb") as full:
+            command = (sys.executable, CLIENT, LOOPBACK, str(server.port))
+            with Program(*command, output=full.fileno()) as program:
+                self.assertEqual(program.wait(), 1)
+                self.assertRegex(program.errors(), r"^Cannot show what comes: No space left on device; [^\n]+\n$")
+
     def test_ctrl_c(self) -> None:
         with Server() as server, client(server.port) as program:
             program.expect(GREETING)
@@ -274,6 +317,24 @@ class Terminals(TestCase):
             self.assertRegex(terminal.screen(), rf"^{GREETING}\nConnection lost: [^\n]+\n{FAREWELL}\n$")
             self.assertEqual(terminal.attributes(), terminal.before)
 
+    def test_half_typed_text_is_not_left_for_the_shell(self) -> None:
+        with Server() as server, in_terminal(server.port) as terminal:
+            terminal.type("rm -rf x")
+            terminal.wait_for("rm -rf x")
+            server.stop()
+            self.assertEqual(terminal.wait(), 1)
+            self.assertEqual(terminal.left_to_read(), b"")
+
+    def test_a_terminal_to_type_in_and_nothing_to_show_on(self) -> None:
+        for closed in (">&-", "2>&-", ">&- 2>&-"):
+            with self.subTest(closed=closed), Server() as server, server.peer() as ann:
+                arguments = ("sh", sys.executable, CLIENT, LOOPBACK, str(server.port))
+                with Terminal("/bin/sh", "-c", f'exec "$@" {closed}', *arguments) as terminal:
+                    server.line()
+                    terminal.type("hello\nexit\n")
+                    self.assertTrue(ann.line().endswith(b":hello"))
+                    self.assertEqual(terminal.wait(), 0)
+
     def test_bytes_that_are_no_text_arrive_as_replacements(self) -> None:
         with Server() as server, server.peer() as ann, in_terminal(server.port) as terminal:
             terminal.type(b"a\xffb\n")
@@ -340,8 +401,8 @@ class Connecting(TestCase):
         with silent_port() as port:
             script = (
                 "import socket, sys, mychatclient\n"
-                "connect = socket.create_connection\n"
-                "socket.create_connection = lambda *arguments: print('connecting', flush=True) or connect(*arguments)\n"
+                "connect = socket.socket.connect\n"
+                "socket.socket.connect = lambda *arguments: print('connecting', flush=True) or connect(*arguments)\n"
                 "sys.exit(mychatclient.main(sys.argv[1:]))\n"
             )
             with Program(sys.executable, "-c", script, LOOPBACK, str(port)) as program:
