@@ -89,7 +89,7 @@ class Flow(TestCase):
             while True:
                 said = listener.count
                 eventually(lambda: listener.count > said, seconds=0.5)  # noqa: B023 - called at once
-        leaver.say("exit")
+        leaver.send(b"exit\n" + numbered_lines(5_000))  # what follows is not read, which must not reset the connection
         heard = leaver.read_to_end()
         self.assertGreaterEqual(len(heard), max(said, 3 * MB))
         self.assertTrue(expected.startswith(heard) and heard.endswith(b"\n"))
