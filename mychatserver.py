@@ -540,7 +540,9 @@ class Room:
             self._console.say(f"New connection from : {client.address}")
 
     def leave(self, client: Client) -> None:
-        """Leave; nothing is given to ``client`` from here on. Waits for the turn. May be repeated."""
+        """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
+        with self._queue_lock:  # or somebody else could have its label when its last lines are relayed
+            self._wait(client, lambda: client not in self._queued)
         with self._turn:
             if self._clients.get(client.label) is not client:
                 return
@@ -823,6 +825,9 @@ class Server:
             except OSError as error:
                 self._cannot_accept(error)
                 return
+            if not address:  # reset while it waited, as macOS tells it
+                sock.close()
+                continue
             client = Client(sock, plain_address(address), self._has_backlog)
             # Before its handler starts, or a client that leaves at once would be taken out before it is in.
             self._clients.add(client)
