@@ -35,6 +35,7 @@ import contextlib
 import errno
 import functools
 import ipaddress
+import itertools
 import os
 import re
 import selectors
@@ -44,7 +45,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 __version__ = "1.0"
 
@@ -59,13 +60,16 @@ SILENCE_SECONDS = 1.0  # after which a peer that never sends a newline has finis
 ROUND_BYTES = 65_536, 1_048_576  # least and most that one turn relays
 ROUND_DELIVERED_BYTES = 33_554_432  # between the two: what a turn delivers to all members together
 PORTION_MIN_BYTES = 256  # the least a handler puts down at once, where there is more
+QUEUE_BYTES = 2_097_152  # what may wait for a turn, but for small portions: those of long lines are many times a round
 SHARE_MAX_BYTES = 262_144  # what one client may say while somebody is late: this at most,
-SHARES_BYTES = 8_388_608  # all clients together this at most (and newcomers half as much again),
+SHARES_BYTES = 8_388_608  # all clients together this at most (and a quarter as much again newcomers and long lines),
 SHARES_DELIVERED_BYTES = 1_073_741_824  # and this at most, times its readers
 
 LATE_BYTES = 1_048_576  # a client with a larger backlog is late ...
 ON_TIME_BYTES = LATE_BYTES // 2  # ... until it is under this
-MAX_BACKLOG_BYTES = 16 * LATE_BYTES  # more than shares can add up to: out of reach, and the end if it is not
+# Out of reach, and the end if it is not: when the first becomes late, nobody's backlog has more than LATE_BYTES and a
+# round, 2 MiB; the queue has QUEUE_BYTES and small portions; shares and the common pot are 10 MiB.
+MAX_BACKLOG_BYTES = 16_777_216
 FLOOR_BYTES = 131_072  # what somebody late must take in so many seconds, else it is let go:
 FLOOR_SECONDS = 5
 STALL_SECONDS = 30  # in which somebody with any backlog must take something, else it is let go
@@ -78,7 +82,8 @@ CONSOLE_BYTES = 1_048_576  # what may wait for a slow standard output
 DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
 LINGER_BYTES = 1_048_576  # thrown away meanwhile
-STOP_SECONDS = 0.7  # in which a server that is stopped lets everyone go
+STOP_SECONDS = 0.6  # in which a server that is stopped lets everyone go
+WRITER_SECONDS = 0.15  # in which the last lines must be shown then
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
 ACCEPTS_A_PASS = 64  # before backlogs have their turn again
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
@@ -185,6 +190,13 @@ def labelled(label: str, lines: bytes) -> bytes:
     return prefix + lines[:-1].replace(b"\n", b"\n" + prefix) + b"\n"
 
 
+def front(lines: bytes, size: int) -> bytes:
+    """Return the first of ``lines``: as many as ``size`` bytes hold, but one at least."""
+    if len(lines) <= size:
+        return lines
+    return lines[: lines.rfind(b"\n", 0, size) + 1 or lines.index(b"\n") + 1]
+
+
 # --- A batch: what one turn relays, and each member's view of it ------------------------------------------------------
 
 
@@ -222,12 +234,12 @@ class Member(Protocol):
         """Take pieces to send on; never block, never raise. Return the bytes that had to wait: the backlog."""
 
 
-def readable(sock: socket.socket, seconds: float | None) -> bool:
-    """Wait until ``sock`` has something to read, or its end; return False when ``seconds`` pass without."""
+def ready(sock: socket.socket, events: int, seconds: float) -> int:
+    """Wait until ``sock`` is ready for one of the selector's ``events``; return which, 0 when ``seconds`` pass."""
     # Not DefaultSelector, which would take a descriptor for each wait.
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(seconds))
+        selector.register(sock, events)
+        return sum(found for _, found in selector.select(seconds))
 
 
 class Client:
@@ -238,21 +250,20 @@ class Client:
     def __init__(self, sock: socket.socket, address: tuple[str, int], on_backlog: Callable[[Client], None]) -> None:
         self.address = address
         self.said = 0  # bytes, all told; only its handler counts
-        self.ended = False  # nothing is to be read or sent any more
-        self.had_backlog = False  # the server thread has been asked to send for it
         self._sock = sock
         self._on_backlog = on_backlog
         # Guards what follows, and the socket but for reading: nobody uses it once it is closed. Innermost lock.
         self._lock = threading.Lock()
         self._backlog: collections.deque[memoryview] = collections.deque()
-        self.behind = 0  # bytes in the backlog; others read it without the lock
-        self._watched = False  # the server thread knows of the backlog
+        self.behind = 0  # bytes in the backlog; others read it, and the next two, without the lock
+        self.had_backlog = False  # the server thread has been asked to send for it
+        self.ended = False  # it was let go: nothing is to be read or sent any more
         self._finishing = False  # no more is taken; the last of the backlog is followed by end-of-file
-        self._drained: threading.Event | None = None
+        self._lost = False  # a send has found the peer gone
         # Only the server thread uses what follows.
         self._taken = 0  # bytes since the last note
-        self._notes: collections.deque[int] = collections.deque(maxlen=FLOOR_SECONDS)  # taken in each second of late
-        self._idle_seconds = 0
+        self._notes: collections.deque[int] = collections.deque(maxlen=STALL_SECONDS)  # taken in each second
+        self._noted_late = False
         self._said_before = 0  # as of the last note
 
     def fileno(self) -> int:
@@ -263,28 +274,28 @@ class Client:
 
     def give(self, pieces: Sequence[memoryview]) -> int:
         """Send pieces, or what the socket does not take of them later; return the bytes in the backlog."""
+        if not pieces:
+            return 0
+        size = sum(map(len, pieces))
         with self._lock:
-            if self._finishing or not pieces:
+            was_behind = self.behind > 0
+            sent = 0 if was_behind or self._finishing else self._send(pieces)
+            if sent == size or self._finishing:
                 return 0
-            waiting = bool(self._backlog)
             self._backlog.extend(pieces)
-            self.behind += sum(map(len, pieces))
-            if not waiting:
-                self._send(self.behind)
-            behind = self.behind
-            new = bool(behind) and not self._watched
-            if new:
-                self._watched = self.had_backlog = True
-        if new:
+            self.behind += size
+            self._advance(sent)
+            self.had_backlog = True
+        if not was_behind:
             self._on_backlog(self)
-        return behind
+        return self.behind
 
     def finish(self) -> None:
         """Take no more; once the backlog is sent, end the stream in this direction. Does not block."""
         with self._lock:
             self._finishing = True
             if not self._backlog:
-                self._half_close()
+                self._shut(socket.SHUT_WR)
 
     def end(self) -> None:
         """Give up the connection and its backlog; wakes a blocked ``blocks``. Does not block, may be repeated."""
@@ -292,27 +303,28 @@ class Client:
             self.ended = True
             self._give_up()
 
-    # Runs in the server thread
-
     def flush(self) -> int:
         """Send FLUSH_BYTES of the backlog at most, as far as the socket takes them; return what is left."""
         with self._lock:
             if self._backlog:
-                self._taken += self._send(FLUSH_BYTES)
-            if not self._backlog:
-                self._watched = False
+                sent = self._send(self._first(FLUSH_BYTES))
+                self._taken += sent
+                self._advance(sent)
+                if self._finishing and not self._backlog:
+                    self._shut(socket.SHUT_WR)
             return self.behind
+
+    # Runs in the server thread
 
     def under_floor(self, late: bool) -> bool:
         """Note what was taken since the last call, a second ago; return whether that is too little to be kept."""
-        taken, self._taken = self._taken, 0
-        said, self._said_before = self.said - self._said_before, self.said
-        if not late:
+        pours = self.said - self._said_before >= POUR_BYTES
+        if late != self._noted_late:
             self._notes.clear()
-            self._idle_seconds = 0 if taken else self._idle_seconds + 1
-            return self._idle_seconds >= (FLOOR_SECONDS if said >= POUR_BYTES else STALL_SECONDS)
-        self._notes.append(taken)
-        return len(self._notes) == FLOOR_SECONDS and sum(self._notes) < FLOOR_BYTES
+        self._notes.append(self._taken)
+        self._noted_late, self._said_before, self._taken = late, self.said, 0
+        seconds = FLOOR_SECONDS if late or pours else STALL_SECONDS
+        return len(self._notes) >= seconds and sum(list(self._notes)[-seconds:]) < (FLOOR_BYTES if late else 1)
 
     # Runs in the handler thread
 
@@ -331,7 +343,7 @@ class Client:
         framer = Framer()
         head = b""
         while True:
-            if framer.ends_by_silence and not readable(self._sock, SILENCE_SECONDS):
+            if framer.ends_by_silence and not ready(self._sock, selectors.EVENT_READ, SILENCE_SECONDS):
                 yield framer.rest(), False
                 continue
             try:
@@ -341,7 +353,10 @@ class Client:
             if self.ended:
                 return
             if not data:
-                yield framer.rest(), False
+                with self._lock:  # a send that has just been told of a reset has left end-of-file to recv
+                    lost = self._lost
+                if not lost:
+                    yield framer.rest(), False
                 return
             if len(head) < 2:
                 head += data[:2]
@@ -352,26 +367,29 @@ class Client:
     def recv(self, size: int) -> bytes:
         """Wait for input and return it, ``size`` bytes at most, none at end-of-file; raise OSError at a reset."""
         if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
-            while not (readable(self._sock, 1.0) or self.ended):
+            while not (ready(self._sock, selectors.EVENT_READ, 1.0) or self.ended):
                 pass
         return self._sock.recv(size)
 
     def drain(self) -> None:
-        """Finish, wait until the backlog is sent, and let the peer close first. Blocks DRAIN plus LINGER_SECONDS."""
+        """Send the backlog and end-of-file, and let the peer close first: its input, unread, would reset both.
+
+        Blocks DRAIN_SECONDS for the one and LINGER_SECONDS for the other at most. The server thread must have
+        forgotten the socket. What comes is thrown away, from the first on: the peer may not read until it has sent all.
+        """
         self.finish()
-        with self._lock:
-            if self._backlog:
-                self._drained = threading.Event()
-        if self._drained and not self._drained.wait(DRAIN_SECONDS):
-            return
-        deadline = time.monotonic() + LINGER_SECONDS
-        thrown_away = 0
+        deadline, drained, thrown_away = time.monotonic() + DRAIN_SECONDS, False, 0
+        events = selectors.EVENT_READ | selectors.EVENT_WRITE
         with contextlib.suppress(OSError):  # the peer is gone: that is what this waits for
-            while thrown_away < LINGER_BYTES and readable(self._sock, max(0.0, deadline - time.monotonic())):
-                data = self._sock.recv(READ_BYTES)
-                if not data:
-                    return
-                thrown_away += len(data)
+            while events and thrown_away < LINGER_BYTES and (seconds := deadline - time.monotonic()) > 0:
+                if not drained and not self.flush():
+                    drained = True
+                    deadline = time.monotonic() + LINGER_SECONDS
+                    events &= selectors.EVENT_READ
+                elif ready(self._sock, events, min(1.0, seconds)) & selectors.EVENT_READ:
+                    data = self._sock.recv(READ_BYTES)
+                    thrown_away += len(data) if drained else 0
+                    events &= ~selectors.EVENT_READ if not data else events
 
     def close(self) -> None:
         """Close the socket. The server thread must have forgotten it: the descriptor is used again."""
@@ -381,54 +399,51 @@ class Client:
 
     # Call with the lock held
 
-    def _send(self, size: int) -> int:
-        """Send ``size`` bytes at most from the backlog's front; return what the socket took, 0 if the peer is gone."""
-        chosen: list[memoryview] = []
-        for piece in self._backlog:
-            chosen.append(piece if len(piece) <= size else piece[:size])
+    def _first(self, size: int) -> list[memoryview]:
+        """Return ``size`` bytes at most from the backlog's front."""
+        pieces: list[memoryview] = []
+        for piece in itertools.islice(self._backlog, MAX_PIECES):
+            pieces.append(piece[:size])
             size -= len(piece)
-            if size <= 0 or len(chosen) == MAX_PIECES:
+            if size <= 0:
                 break
+        return pieces
+
+    def _send(self, pieces: Sequence[memoryview]) -> int:
+        """Send pieces; return how many bytes the socket took. Give up when the peer is gone."""
         try:
             if sys.platform == "win32":
-                sent = self._sock.send(b"".join(chosen))
-            else:
-                sent = self._sock.sendmsg(chosen, (), socket.MSG_DONTWAIT)
+                return self._sock.send(b"".join(pieces))
+            return self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
         except OSError as error:
-            if error.errno == errno.ENOBUFS:  # the system's, not the peer's trouble: it will pass
-                return 0
-            self._give_up()  # the peer is gone; its handler sees it too, and leaves
+            if error.errno != errno.ENOBUFS:  # the system's, not the peer's trouble: it will pass
+                self._lost = True  # its handler reads what came before, and leaves
+                self._give_up()
             return 0
+
+    def _advance(self, sent: int) -> None:
+        """Take so many bytes from the backlog's front."""
         self.behind -= sent
-        left = sent
-        while left and left >= len(self._backlog[0]):
-            left -= len(self._backlog.popleft())
-        if left:
-            self._backlog[0] = self._backlog[0][left:]
-        if self._finishing and not self._backlog:
-            self._half_close()
-        return sent
+        while sent and sent >= len(self._backlog[0]):
+            sent -= len(self._backlog.popleft())
+        if sent:
+            self._backlog[0] = self._backlog[0][sent:]
 
     def _give_up(self) -> None:
         self._finishing = True
         self._backlog.clear()
         self.behind = 0
-        with contextlib.suppress(OSError):  # the peer is gone already, or the socket closed
-            self._sock.shutdown(socket.SHUT_RDWR)
-        if self._drained:
-            self._drained.set()
+        self._shut(socket.SHUT_RDWR)
 
-    def _half_close(self) -> None:
-        with contextlib.suppress(OSError):  # the peer is gone already
-            self._sock.shutdown(socket.SHUT_WR)
-        if self._drained:
-            self._drained.set()
+    def _shut(self, how: int) -> None:
+        with contextlib.suppress(OSError):  # the peer is gone already, or the socket closed
+            self._sock.shutdown(how)
 
 
 class Writer:
-    """A member that only listens, with a queue and a thread of its own: the console.
+    """A member that only listens, with a queue and a thread of its own: the console. Another writes what goes wrong.
 
     It makes nobody late: what is over CONSOLE_BYTES in the queue is counted and said, not written.
     """
@@ -495,6 +510,9 @@ class Writer:
 # --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
 
 
+Awaited = TypeVar("Awaited")
+
+
 class Refused(Exception):
     """Why somebody may not enter, as the text of a notice."""
 
@@ -513,14 +531,15 @@ class Room:
         # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
         self._queue_lock = threading.Lock()
         self._queue: collections.deque[tuple[Client, bytes]] = collections.deque()
+        self._queue_bytes = 0
         self._queued: set[Client] = set()  # who has a block in the queue: one at most
         self._turn_is_awaited = False  # somebody waits for the turn, and will take what is put down until then
-        self._late: set[Client] = set()
-        self._share = 0  # what each may put down while somebody is late
-        self._said: dict[Client, int] = {}  # what each has put down since,
-        self._said_by_all = 0  # and all together
-        self._newcomers: set[Client] = set()  # who has joined since
         self._waiters: dict[Client, threading.Condition] = {}  # handlers that wait to put down, or to be on time
+        self._late: set[Client] = set()
+        # Counted once, when the first becomes late: people who come and go must not make it add up to more.
+        self._share = 0  # what each may put down until nobody is late,
+        self._shares: dict[Client, int] = {}  # how much of it is left to whom,
+        self._common = 0  # and what is left for newcomers, and for lines longer than a share
 
     # Runs in the handler thread
 
@@ -534,10 +553,45 @@ class Room:
             client.label = self._free_label(client.address[1])
             self._clients[client.label] = client
             self._members.append(client)
-            with self._queue_lock:
-                if self._late:
-                    self._newcomers.add(client)
             self._console.say(f"New connection from : {client.address}")
+
+    def relay(self, client: Client, lines: bytes) -> None:
+        """Give ``lines`` to all other members, in portions that let others have their say.
+
+        Blocks while an earlier portion waits in the queue or the queue is full, and while somebody is late and
+        ``client`` is that one or has said its share; then perhaps for the turn. Ends, with lines unsaid, when
+        ``client`` is ended.
+        """
+        prefix_bytes = len(f"{client.label}:".encode())
+        while lines and not client.ended:
+            block, must_take_turn = self._put_down(client, lines)
+            lines = lines[len(block) - block.count(b"\n") * prefix_bytes :]
+            if must_take_turn:
+                with self._turn:
+                    self._take_turn()
+
+    def _put_down(self, client: Client, lines: bytes) -> tuple[bytes, bool]:
+        """Wait until something of ``lines`` may be queued; return it, and whether to take the turn for it."""
+        with self._queue_lock:
+            block = self._wait(client, lambda: self._portion(client, lines))
+            if client.ended:
+                return block, False
+            client.said += len(block)
+            self._queue.append((client, block))
+            self._queue_bytes += len(block)
+            self._queued.add(client)
+            must_take_turn = not self._turn_is_awaited
+            self._turn_is_awaited = True
+            return block, must_take_turn
+
+    def reply(self, client: Client, notice: bytes) -> None:
+        """Give one line to ``client`` alone, from its own handler; waits for the turn, and while it is late."""
+        with self._turn:
+            self._give(client, [memoryview(notice)])
+        with self._queue_lock:
+            self._wait(client, lambda: client.ended or client not in self._late)
+
+    # Called from any thread
 
     def leave(self, client: Client) -> None:
         """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
@@ -550,42 +604,14 @@ class Room:
             self._members.remove(client)
             self._console.say("Connection closed")
         with self._queue_lock:
-            self._said.pop(client, None)
-            self._newcomers.discard(client)
-            self._no_longer_late(client)
+            self._on_time(client)
 
-    def relay(self, client: Client, lines: bytes) -> None:
-        """Give ``lines`` to all other members, in portions that let others have their say.
-
-        Blocks while an earlier portion waits in the queue, and while somebody is late and ``client`` is that one or
-        has said its share; then perhaps for the turn. Ends, with lines unsaid, when ``client`` is ended.
-        """
-        block = labelled(client.label, lines)
-        start = 0
-        while start < len(block):
-            with self._queue_lock:
-                self._wait(client, lambda: self._may_speak(client))
-                if client.ended:
-                    return
-                end = self._portion_end(block, start)
-                self._queue.append((client, block[start:end]))
-                self._queued.add(client)
-                client.said += end - start
-                if self._late:
-                    self._said[client] = self._said.get(client, 0) + end - start
-                    self._said_by_all += end - start
-                start = end
-                if self._turn_is_awaited:
-                    continue
-                self._turn_is_awaited = True
-            with self._turn:
-                self._take_turn()
-
-    def reply(self, client: Client, notice: bytes) -> None:
-        """Give one line to ``client`` alone, from its own handler; block while it is late."""
-        self._check_late(client, client.give([memoryview(notice)]))
+    def end(self, client: Client) -> None:
+        """Let ``client`` go: its handler wakes, wherever it waits, and leaves."""
+        client.end()
         with self._queue_lock:
-            self._wait(client, lambda: client.ended or client not in self._late)
+            self._on_time(client)
+            self._wake(client)
 
     # Runs in the server thread
 
@@ -595,33 +621,20 @@ class Room:
             self._closed = True
             self._take_turn()
 
-    def sent(self, client: Client, behind: int) -> bool:
-        """Take note that ``client`` has now so many bytes of backlog; return whether it is late."""
+    def dismiss(self) -> None:
+        """Take everyone out of the room who is still in it; their connections end with the process."""
+        with self._turn:
+            for _ in self._clients:
+                self._console.say("Connection closed")
+            self._clients.clear()
+            self._members.clear()
+
+    def is_late(self, client: Client) -> bool:
+        """Return whether ``client``, of whose backlog something may have been sent, is still late."""
         with self._queue_lock:
-            if behind < ON_TIME_BYTES:
-                self._no_longer_late(client)
+            if client.behind < ON_TIME_BYTES:
+                self._on_time(client)
             return client in self._late
-
-    # Called from any thread
-
-    def end(self, client: Client) -> None:
-        """Let ``client`` go: its handler wakes, wherever it waits, and leaves."""
-        client.end()
-        with self._queue_lock:
-            self._no_longer_late(client)
-            self._wake(client)
-
-    def _check_late(self, client: Client, behind: int) -> None:
-        if behind > MAX_BACKLOG_BYTES:
-            self.end(client)
-        elif behind > LATE_BYTES:
-            with self._queue_lock:
-                if client.behind > LATE_BYTES:  # or the server thread has sent it since, and found nobody late
-                    if not self._late:  # counted once: people who come and go must not make it add up to more
-                        members = len(self._members)
-                        shares = min(SHARES_BYTES, SHARES_DELIVERED_BYTES // members)
-                        self._share = max(PORTION_MIN_BYTES, min(SHARE_MAX_BYTES, shares // members))
-                    self._late.add(client)
 
     # Call with the turn held
 
@@ -634,15 +647,11 @@ class Room:
 
     def _take_turn(self) -> None:
         """Relay what is queued, a round at a time, until nothing is left or somebody else waits for the turn."""
-        batch = self._next_batch()
-        while batch:
+        while batch := self._next_batch():
             for member in self._members:
-                behind = member.give(batch.besides(member))
-                if behind > LATE_BYTES and isinstance(member, Client):
-                    self._check_late(member, behind)
+                self._give(member, batch.besides(member))
             if self._turn_is_awaited:  # who comes to wait just after this look finds less, or nothing, to take
                 return
-            batch = self._next_batch()
 
     def _next_batch(self) -> Batch | None:
         """Take a round from the queue, first come, first served."""
@@ -651,62 +660,92 @@ class Room:
         with self._queue_lock:
             # In the same hold as the taking: a block put down in between would wait for nobody.
             self._turn_is_awaited = False
+            was_full = self._queue_bytes > QUEUE_BYTES // 2
             while self._queue and (not blocks or size >= len(self._queue[0][1])):
                 client, block = self._queue.popleft()
                 blocks.append((client, block))
                 size -= len(block)
+                self._queue_bytes -= len(block)
                 self._queued.remove(client)
                 self._wake(client)
+            if was_full:
+                self._wake_all()
         return Batch(blocks) if blocks else None
 
     def _round_bytes(self) -> int:
         least, most = ROUND_BYTES
         return max(least, min(most, ROUND_DELIVERED_BYTES // max(1, len(self._members))))
 
+    def _give(self, member: Member, pieces: Sequence[memoryview]) -> None:
+        behind = member.give(pieces)
+        if behind > LATE_BYTES and isinstance(member, Client):
+            if behind > MAX_BACKLOG_BYTES:
+                self.end(member)
+            with self._queue_lock:
+                if member.behind > LATE_BYTES:  # or the server thread has sent it since, and found nobody late
+                    if not self._late:
+                        self._share_out()
+                    self._late.add(member)
+
     # Call with the queue's lock held
 
-    def _wait(self, client: Client, ready: Callable[[], bool]) -> None:
-        if not ready():
+    def _wait(self, client: Client, ready: Callable[[], Awaited]) -> Awaited:
+        """Wait until ``ready`` returns something true, and return that."""
+        found = ready()
+        if not found:
             self._waiters[client] = threading.Condition(self._queue_lock)
-            self._waiters[client].wait_for(ready)
+            found = self._waiters[client].wait_for(ready)
             del self._waiters[client]
+        return found
 
     def _wake(self, client: Client) -> None:
         if client in self._waiters:
             self._waiters[client].notify()
 
-    def _no_longer_late(self, client: Client) -> None:
-        if client not in self._late:
-            return
-        self._late.remove(client)
-        self._wake(client)
-        if not self._late:
-            self._said.clear()
-            self._said_by_all = 0
-            self._newcomers.clear()
-            for waiter in self._waiters:
-                self._wake(waiter)
+    def _wake_all(self) -> None:
+        for waiter in self._waiters.values():
+            waiter.notify()
 
-    def _may_speak(self, client: Client) -> bool:
+    def _on_time(self, client: Client) -> None:
+        if client in self._late:
+            self._late.remove(client)
+            self._wake(client)
+            if not self._late:
+                self._wake_all()
+
+    def _share_out(self) -> None:
+        """Fix what may be put down until nobody is late."""
+        members = len(self._members)
+        shares = min(SHARES_BYTES, SHARES_DELIVERED_BYTES // members)
+        self._share = max(PORTION_MIN_BYTES, min(SHARE_MAX_BYTES, shares // members))
+        self._shares = dict.fromkeys(self._clients.values(), self._share)
+        self._common = shares // 4
+
+    def _portion(self, client: Client, lines: bytes) -> bytes:
+        """Return what ``client`` may put down now of its ``lines``, labelled and paid for; nothing if it must wait."""
         if client.ended:
-            return True
+            return lines
         if client in self._queued or client in self._late:
-            return False
-        if not self._late:
-            return True
-        if client in self._newcomers and self._said_by_all >= SHARES_BYTES // 2:
-            return False  # or who leaves and comes again would have a share each time
-        return self._said.get(client, 0) < self._share
-
-    def _portion_end(self, block: bytes, start: int) -> int:
-        """Where to cut ``block`` so that the next round has room for a portion of everyone who wants to speak."""
-        portion = self._round_bytes() // (len(self._queue) + 1)
+            return b""
+        size = self._round_bytes() // (len(self._queue) + 1)  # the next round has one for everyone who wants to speak
         if self._late:
-            portion = min(portion, self._share // 4)
-        portion = max(PORTION_MIN_BYTES, portion)
-        if len(block) - start <= portion:
-            return len(block)
-        return block.rfind(b"\n", start, start + portion) + 1 or block.index(b"\n", start) + 1
+            size = min(size, self._share // 4)
+        size = max(PORTION_MIN_BYTES, size)
+        block = front(labelled(client.label, front(lines, size)), size)
+        if len(block) > PORTION_MIN_BYTES and self._queue_bytes + len(block) > QUEUE_BYTES:
+            return b""
+        return block if not self._late or self._pays(client, len(block)) else b""
+
+    def _pays(self, client: Client, size: int) -> bool:
+        """Take so many bytes off what ``client`` may say while somebody is late; return whether it may."""
+        left = self._shares.get(client)
+        if left is not None and size <= left:
+            self._shares[client] = left - size
+            return True
+        if (left is None or size > self._share) and size <= self._common:
+            self._common -= size
+            return True
+        return False
 
 
 # --- The server: the thread that accepts, sends what had to wait, and keeps the clock ---------------------------------
@@ -715,9 +754,12 @@ class Room:
 class Server:
     """Serves whoever connects to a listening socket, until a signal stops it."""
 
-    def __init__(self, listener: socket.socket, console: Writer, max_clients: int | None, quiet: bool) -> None:
+    def __init__(
+        self, listener: socket.socket, console: Writer, errors: Writer, max_clients: int | None, quiet: bool
+    ) -> None:
         self._listener = listener
         self._console = console
+        self._errors = errors
         self._room = Room(console, max_clients, quiet)
         self._clients: set[Client] = set()  # all with a handler, in the room or not; one operation at a time is safe
         # What other threads ask of the server thread, and how they wake it.
@@ -730,13 +772,14 @@ class Server:
         self._listening = False
         self._stopping = False
         self._next_tick = 0.0
-        self._said_once: set[str] = set()
+        self._stopped = False
+        self._problem = ""  # why nobody could be accepted, as said last
         self._refusals: dict[str, float] = {}  # the time of each host's last one that was shown
 
     # Runs in the main thread
 
-    def run(self) -> None:
-        """Serve until SIGINT or SIGTERM; return when all clients have gone, within a second."""
+    def run(self) -> int:
+        """Serve until SIGINT or SIGTERM; return the exit status, within a second of that."""
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         # Python writes the signal's number into this socket as it comes, so the server thread need not look for it.
@@ -746,6 +789,7 @@ class Server:
         thread = threading.Thread(target=self._serve, name="server")
         thread.start()
         thread.join()
+        return 0 if self._stopped else 1  # an exception that nobody foresaw has ended the thread, and was shown
 
     # Runs in the server thread
 
@@ -768,11 +812,9 @@ class Server:
             client.finish()
         while self._clients and time.monotonic() < deadline:
             self._pass(deadline - time.monotonic())
-        # 4. Those who do not close are let go.
-        for client in list(self._clients):
-            self._room.end(client)
-        while self._clients and time.monotonic() < deadline + STOP_SECONDS / 4:
-            self._pass(STOP_SECONDS / 4)
+        # 4. Those who do not close stay behind. Waking thousands of handlers would only take time.
+        self._room.dismiss()
+        self._stopped = True
 
     def _pass(self, seconds: float | None) -> None:
         """Wait for something to do, so long at most, and do it."""
@@ -789,8 +831,7 @@ class Server:
         self._next_tick = time.monotonic() + 1.0
         for client in list(self._behind):
             # Tried even if the selector is silent: Linux calls a socket writable only with a third of its buffer free.
-            self._flush(client)
-            if client.under_floor(self._room.sent(client, client.behind)):
+            if client.under_floor(self._flush(client)):
                 self._room.end(client)
         if not self._stopping:
             self._listen()
@@ -842,9 +883,10 @@ class Server:
     def _cannot_accept(self, error: Exception) -> None:
         """Say once why nobody more can be accepted; try again at the next tick."""
         reason = getattr(error, "strerror", None) or str(error)
-        if reason not in self._said_once:
-            self._said_once.add(reason)
-            warn(f"{reason}, with {len(self._clients)} clients: nobody more can enter until some leave (ulimit -n).")
+        if reason != self._problem:
+            self._problem = reason
+            count = len(self._clients)
+            self._errors.say(f"{reason}, with {count} clients: nobody more can enter until some leave (ulimit -n).")
         self._pause()
         self._next_tick = time.monotonic() + 1.0
 
@@ -856,11 +898,11 @@ class Server:
             if len(self._behind) < MAX_WATCHED:  # the rest wait for the next tick
                 self._selector.register(client, selectors.EVENT_WRITE, functools.partial(self._flush, client))
 
-    def _flush(self, client: Client) -> None:
-        behind = client.flush()
-        self._room.sent(client, behind)
-        if not behind:
+    def _flush(self, client: Client) -> bool:
+        """Send some of a backlog; return whether its owner is still late."""
+        if not client.flush():
             self._unwatch(client)
+        return self._room.is_late(client)
 
     def _unwatch(self, client: Client) -> None:
         if client in self._behind:
@@ -903,9 +945,9 @@ class Server:
             pass
         finally:
             self._room.leave(client)
+            self._forget(client)
             if not client.ended:
                 client.drain()
-            self._forget(client)
             client.close()
             self._clients.remove(client)
             if self._stopping:
@@ -968,11 +1010,10 @@ def plain_address(address: tuple[str, int]) -> tuple[str, int]:
     return host[7:] if host.startswith("::ffff:") and "." in host else host, port
 
 
-def addresses_for_others(listener: socket.socket) -> list[str]:
-    """Return the addresses that other machines may reach ``listener`` by, likeliest first."""
-    host = listener.getsockname()[0]
+def addresses_for_others(host: str) -> list[str]:
+    """Return the addresses that other machines may reach a server by that listens on ``host``, likeliest first."""
     if host not in EVERY_ADDRESS:
-        return [] if ipaddress.ip_address(host).is_loopback else [host]
+        return [host]
     found = []
     # Connecting a datagram socket sends nothing; it asks for the route. The targets are for documentation only:
     # RFC 5737 and RFC 3849.
@@ -990,18 +1031,23 @@ def addresses_for_others(listener: socket.socket) -> list[str]:
     return usable
 
 
-def say_where(console: Writer, listener: socket.socket) -> None:
+def say_where(console: Writer, errors: Writer, listener: socket.socket) -> None:
     """Show where the server listens, and how others can join if they can."""
     host, port = listener.getsockname()[:2]
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
-    if ipaddress.ip_address(host).is_loopback:
-        return
-    others = addresses_for_others(listener)
+    if not ipaddress.ip_address(host).is_loopback:
+        errors.say("Anyone who can reach this address can join: --host 127.0.0.1 keeps the chat on this machine.")
+        # A thread, because the system may take its time to look up this machine's name.
+        threading.Thread(target=say_how_to_join, args=(console, host, port), daemon=True).start()
+
+
+def say_how_to_join(console: Writer, host: str, port: int) -> None:
+    """Show what others type to join. Blocks while the system looks up this machine's name."""
+    others = addresses_for_others(host)
     for address in others:
         console.say(f"Others join with: python mychatclient.py {address}{'' if port == DEFAULT_PORT else f' {port}'}")
     if not others:
         console.say("No address was found that others could join by: is this machine on a network?")
-    warn("Anyone who can reach this address can join: --host 127.0.0.1 keeps the chat on this machine.")
 
 
 def listening_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
@@ -1072,20 +1118,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit status: 0 when it was stopped, 1 when it cannot listen."""
-    open_missing_descriptors()
-    options = parse_args(argv)
-    raise_descriptor_limit()
     try:
-        listener = open_listener(options.host, options.port)
-    except (OSError, UnicodeError) as error:
-        warn(listening_problem(error, options.host, options.port))
-        return 1
-    console = Writer(1)
-    say_where(console, listener)
-    threading.stack_size(STACK_BYTES)
-    Server(listener, console, options.max_clients, options.quiet).run()
-    console.close(STOP_SECONDS / 4)
-    return 0
+        open_missing_descriptors()
+        options = parse_args(argv)
+        raise_descriptor_limit()
+        try:
+            listener = open_listener(options.host, options.port)
+        except (OSError, UnicodeError) as error:
+            warn(listening_problem(error, options.host, options.port))
+            return 1
+        console, errors = Writer(1), Writer(2)
+        say_where(console, errors, listener)
+        threading.stack_size(STACK_BYTES)
+        status = Server(listener, console, errors, options.max_clients, options.quiet).run()
+        for writer in (console, errors):
+            writer.close(WRITER_SECONDS)
+    except KeyboardInterrupt:  # before the server thread could see to it
+        return 0
+    return status
 
 
 if __name__ == "__main__":

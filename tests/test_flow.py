@@ -149,6 +149,47 @@ class Flow(TestCase):
         self.background.join()
         background.join()
 
+    def test_a_hundred_long_lines_at_once_cost_a_slow_reader_nothing(self) -> None:
+        """Lines of the limit, of bytes that each become three: more than anybody's backlog may be, were it not for
+        the bound on what waits for its turn."""
+        slow, typist = self.peer(receive_buffer=65_536), self.peer()
+        shouters = [self.peer() for _ in range(110)]
+        endless = Background()
+        endless.run(typist.read_to_end)
+        for shouter in shouters:
+            endless.run(shouter.send, b"\xff" * 65_535 + b"\n")
+            endless.run(shouter.read_to_end)
+        endings = {shouter.label.encode() for shouter in shouters}
+        while endings:
+            line = slow.line()  # this test is slower than 110 threads that throw away what they read
+            label, _, text = line.partition(b":")
+            self.assertTrue(text == "\ufffd".encode() * 65_535)
+            endings.remove(label)
+        typist.say("still here?")
+        slow.expect(f"{typist.label}:still here?")
+        for peer in (typist, *shouters):
+            peer.half_close()
+        endless.join()
+
+    def test_lines_of_one_letter_that_have_to_wait_take_no_more_memory_than_they_came_in(self) -> None:
+        """And not five times as much, each with its label, while somebody is late."""
+        pourer = self.peer()
+        self.peer(receive_buffer=8_192)
+        shouters = [self.peer() for _ in range(200)]
+        background = Background()
+        for peer in (pourer, *shouters):
+            background.run(peer.read_to_end)
+        background.run(self.write_until_closed, pourer)
+        threading.Event().wait(1)  # in which the one who does not read has become late
+        before = self.server.memory()
+        for peer in shouters:
+            background.run(self.write_until_closed, peer, b"x\n" * 100_000)
+        threading.Event().wait(1)  # in which they have said their share
+        self.assertLess(self.server.memory() - before, 40 * MB)
+        for peer in (pourer, *shouters):
+            peer.socket.shutdown(socket.SHUT_RDWR)
+        background.join()
+
     def test_a_reader_at_1_kb_a_second_is_let_go_and_holds_the_others_for_seconds_only(self) -> None:
         pourer, quick, crawler = self.peer(), self.peer(), self.peer(receive_buffer=8_192)
         lines = numbered_lines(400_000)
@@ -194,8 +235,7 @@ class Flow(TestCase):
         self.background.join()
 
     @staticmethod
-    def write_until_closed(peer: Peer) -> None:
-        block = numbered_lines(200)
+    def write_until_closed(peer: Peer, block: bytes = numbered_lines(200)) -> None:
         with contextlib.suppress(OSError):
             while True:
                 peer.send(block)
