@@ -82,7 +82,7 @@ CONSOLE_BYTES = 1_048_576  # what may wait for a slow standard output
 DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
 LINGER_BYTES = 1_048_576  # thrown away meanwhile
-STOP_SECONDS = 0.6  # in which a server that is stopped lets everyone go
+STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
 WRITER_SECONDS = 0.15  # in which the last lines must be shown then
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
 ACCEPTS_A_PASS = 64  # before backlogs have their turn again
@@ -555,6 +555,19 @@ class Room:
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
 
+    def leave(self, client: Client) -> None:
+        """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
+        with self._queue_lock:  # or somebody else could have its label when its last lines are relayed
+            self._wait(client, lambda: client not in self._queued)
+        with self._turn:
+            if self._clients.get(client.label) is not client:
+                return
+            del self._clients[client.label]
+            self._members.remove(client)
+            self._console.say("Connection closed")
+        with self._queue_lock:
+            self._on_time(client)
+
     def relay(self, client: Client, lines: bytes) -> None:
         """Give ``lines`` to all other members, in portions that let others have their say.
 
@@ -592,19 +605,6 @@ class Room:
             self._wait(client, lambda: client.ended or client not in self._late)
 
     # Called from any thread
-
-    def leave(self, client: Client) -> None:
-        """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
-        with self._queue_lock:  # or somebody else could have its label when its last lines are relayed
-            self._wait(client, lambda: client not in self._queued)
-        with self._turn:
-            if self._clients.get(client.label) is not client:
-                return
-            del self._clients[client.label]
-            self._members.remove(client)
-            self._console.say("Connection closed")
-        with self._queue_lock:
-            self._on_time(client)
 
     def end(self, client: Client) -> None:
         """Let ``client`` go: its handler wakes, wherever it waits, and leaves."""
@@ -689,12 +689,12 @@ class Room:
 
     # Call with the queue's lock held
 
-    def _wait(self, client: Client, ready: Callable[[], Awaited]) -> Awaited:
-        """Wait until ``ready`` returns something true, and return that."""
-        found = ready()
+    def _wait(self, client: Client, until: Callable[[], Awaited]) -> Awaited:
+        """Wait until ``until`` returns something true, and return that. Only the handler of ``client`` may wait."""
+        found = until()
         if not found:
             self._waiters[client] = threading.Condition(self._queue_lock)
-            found = self._waiters[client].wait_for(ready)
+            found = self._waiters[client].wait_for(until)
             del self._waiters[client]
         return found
 
