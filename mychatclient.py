@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import errno
 import io
+import ipaddress
 import os
 import re
 import selectors
@@ -39,7 +40,6 @@ DEFAULT_PORT = 12000
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
 SERVER_CLOSED = "the server closed the connection; try again later."
-EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - what a server listens on, and nobody can join
 
 CONNECT_SECONDS = 10.0  # for all addresses of a name together
 READ_BYTES = 65_536  # read at once, from the connection and from a pipe
@@ -345,9 +345,7 @@ class Conversation:
             return 1 if self._screen.problem else 0
         if self._problem:
             warn(f"Connection lost: {self._problem}")
-            if sys.platform != "win32" and os.isatty(0):  # or the shell would run what was typed here
-                with contextlib.suppress(termios.error):
-                    termios.tcflush(0, termios.TCIFLUSH)
+            forget_typed()
         self._screen.say(FAREWELL)
         return 1 if self._problem else 0
 
@@ -361,6 +359,13 @@ def warn(text: str) -> None:
         os.write(2, f"{text}\n".encode("utf-8", "replace"))
 
 
+def forget_typed() -> None:
+    """Throw away what was typed and not read, or the shell would run what was meant for the chat."""
+    if sys.platform != "win32" and os.isatty(0):
+        with contextlib.suppress(termios.error):
+            termios.tcflush(0, termios.TCIFLUSH)
+
+
 def open_missing_descriptors() -> None:
     """Open the null device for a standard stream that was closed, or the connection would get its number."""
     descriptor = os.open(os.devnull, os.O_RDWR)
@@ -369,6 +374,14 @@ def open_missing_descriptors() -> None:
     os.close(descriptor)
     if sys.stdout is None or sys.stderr is None:  # which input() would miss
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for good
+
+
+def is_every_address(host: str) -> bool:
+    """Return whether a server can listen on ``host`` but nobody can join it, as 0.0.0.0."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return False
 
 
 def port_number(text: str) -> int:
@@ -399,13 +412,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         open_missing_descriptors()
         options = parse_args(argv)
-        if options.host in EVERY_ADDRESS:
+        if is_every_address(options.host):
             warn(f"{options.host} is where a server listens, not an address to join: use one that the server printed.")
             return 1
         try:
             sock = connect(options.host, options.port)
         except (OSError, UnicodeError) as error:
             warn(connecting_problem(error, options.host, options.port))
+            forget_typed()
             return 1
         return Conversation(sock, Screen()).run()
     except KeyboardInterrupt:

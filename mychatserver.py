@@ -1036,7 +1036,7 @@ def say_where(console: Writer, errors: Writer, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
     if not ipaddress.ip_address(host).is_loopback:
-        errors.say("Anyone who can reach this address can join: --host 127.0.0.1 keeps the chat on this machine.")
+        errors.say("Anyone who can reach this server can join: --host 127.0.0.1 keeps the chat on this machine.")
         # A thread, because the system may take its time to look up this machine's name.
         threading.Thread(target=say_how_to_join, args=(console, host, port), daemon=True).start()
 
