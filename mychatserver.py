@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import enum
 import errno
 import functools
 import ipaddress
@@ -73,7 +74,7 @@ MAX_BACKLOG_BYTES = 16_777_216
 FLOOR_BYTES = 131_072  # what somebody late must take in so many seconds, else it is let go:
 FLOOR_SECONDS = 5
 STALL_SECONDS = 30  # in which somebody with any backlog must take something, else it is let go
-POUR_BYTES = 131_072  # who says as much in a second, without taking anything, has FLOOR_SECONDS only
+POUR_BYTES = 524_288  # who has said as much since it last took anything has FLOOR_SECONDS only
 FLUSH_BYTES = 262_144  # sent to one client before the next has its turn: a typist must not wait for a backlog
 MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
 MAX_PIECES = 1_024  # in one sendmsg: IOV_MAX on Linux and macOS
@@ -83,7 +84,7 @@ DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued fo
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
 LINGER_BYTES = 1_048_576  # thrown away meanwhile
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
-WRITER_SECONDS = 0.15  # in which the last lines must be shown then
+WRITER_SECONDS = 0.2  # in which the last lines must be shown then
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
 ACCEPTS_A_PASS = 64  # before backlogs have their turn again
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
@@ -242,6 +243,15 @@ def ready(sock: socket.socket, events: int, seconds: float) -> int:
         return sum(found for _, found in selector.select(seconds))
 
 
+class State(enum.IntEnum):
+    """How far a client has come; never back."""
+
+    OPEN = 0
+    LOST = 1  # a send has found the peer gone: nothing is sent any more, what came before is read
+    FINISHING = 2  # nothing is taken or read any more; the last of the backlog is followed by end-of-file
+    ENDED = 3  # let go: nothing is sent either
+
+
 class Client:
     """One peer: its socket, its label and its backlog."""
 
@@ -257,14 +267,22 @@ class Client:
         self._backlog: collections.deque[memoryview] = collections.deque()
         self.behind = 0  # bytes in the backlog; others read it, and the next two, without the lock
         self.had_backlog = False  # the server thread has been asked to send for it
-        self.ended = False  # it was let go: nothing is to be read or sent any more
-        self._finishing = False  # no more is taken; the last of the backlog is followed by end-of-file
-        self._lost = False  # a send has found the peer gone
+        self._state = State.OPEN
+        self._taken = 0  # bytes of a backlog, since the last note
         # Only the server thread uses what follows.
-        self._taken = 0  # bytes since the last note
         self._notes: collections.deque[int] = collections.deque(maxlen=STALL_SECONDS)  # taken in each second
         self._noted_late = False
-        self._said_before = 0  # as of the last note
+        self._said_before = 0  # as of the last note of anything taken
+
+    @property
+    def leaving(self) -> bool:
+        """Whether nothing more is read from it."""
+        return self._state >= State.FINISHING
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was let go."""
+        return self._state is State.ENDED
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -279,8 +297,8 @@ class Client:
         size = sum(map(len, pieces))
         with self._lock:
             was_behind = self.behind > 0
-            sent = 0 if was_behind or self._finishing else self._send(pieces)
-            if sent == size or self._finishing:
+            sent = 0 if was_behind or self._state > State.OPEN else self._send(pieces)
+            if sent == size or self._state > State.OPEN:
                 return 0
             self._backlog.extend(pieces)
             self.behind += size
@@ -293,15 +311,14 @@ class Client:
     def finish(self) -> None:
         """Take no more; once the backlog is sent, end the stream in this direction. Does not block."""
         with self._lock:
-            self._finishing = True
+            self._state = max(self._state, State.FINISHING)
             if not self._backlog:
                 self._shut(socket.SHUT_WR)
 
     def end(self) -> None:
         """Give up the connection and its backlog; wakes a blocked ``blocks``. Does not block, may be repeated."""
         with self._lock:
-            self.ended = True
-            self._give_up()
+            self._give_up(State.ENDED)
 
     def flush(self) -> int:
         """Send FLUSH_BYTES of the backlog at most, as far as the socket takes them; return what is left."""
@@ -310,7 +327,7 @@ class Client:
                 sent = self._send(self._first(FLUSH_BYTES))
                 self._taken += sent
                 self._advance(sent)
-                if self._finishing and not self._backlog:
+                if self._state > State.OPEN and not self._backlog:
                     self._shut(socket.SHUT_WR)
             return self.behind
 
@@ -318,11 +335,13 @@ class Client:
 
     def under_floor(self, late: bool) -> bool:
         """Note what was taken since the last call, a second ago; return whether that is too little to be kept."""
-        pours = self.said - self._said_before >= POUR_BYTES
         if late != self._noted_late:
             self._notes.clear()
+        if self._taken:
+            self._said_before = self.said
         self._notes.append(self._taken)
-        self._noted_late, self._said_before, self._taken = late, self.said, 0
+        self._noted_late, self._taken = late, 0
+        pours = self.said - self._said_before >= POUR_BYTES
         seconds = FLOOR_SECONDS if late or pours else STALL_SECONDS
         return len(self._notes) >= seconds and sum(list(self._notes)[-seconds:]) < (FLOOR_BYTES if late else 1)
 
@@ -336,7 +355,7 @@ class Client:
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def blocks(self) -> Iterator[tuple[bytes, bool]]:
-        """Yield blocks of whole lines as ``Framer.feed`` does, until end-of-file, a reset or ``end``.
+        """Yield blocks of whole lines as ``Framer.feed`` does, until end-of-file, a reset, ``finish`` or ``end``.
 
         Blocks in ``recv``. An unfinished last line is yielded at end-of-file, not at a reset.
         """
@@ -350,12 +369,12 @@ class Client:
                 data = self.recv(READ_BYTES)
             except OSError:  # reset: the peer left in the middle of something
                 return
-            if self.ended:
+            if self.leaving:
                 return
             if not data:
                 with self._lock:  # a send that has just been told of a reset has left end-of-file to recv
-                    lost = self._lost
-                if not lost:
+                    open_to_the_end = self._state is State.OPEN
+                if open_to_the_end:
                     yield framer.rest(), False
                 return
             if len(head) < 2:
@@ -367,7 +386,7 @@ class Client:
     def recv(self, size: int) -> bytes:
         """Wait for input and return it, ``size`` bytes at most, none at end-of-file; raise OSError at a reset."""
         if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
-            while not (ready(self._sock, selectors.EVENT_READ, 1.0) or self.ended):
+            while not ready(self._sock, selectors.EVENT_READ, 1.0) and not self.leaving:
                 pass
         return self._sock.recv(size)
 
@@ -419,8 +438,7 @@ class Client:
             return 0
         except OSError as error:
             if error.errno != errno.ENOBUFS:  # the system's, not the peer's trouble: it will pass
-                self._lost = True  # its handler reads what came before, and leaves
-                self._give_up()
+                self._give_up(State.LOST)
             return 0
 
     def _advance(self, sent: int) -> None:
@@ -431,8 +449,8 @@ class Client:
         if sent:
             self._backlog[0] = self._backlog[0][sent:]
 
-    def _give_up(self) -> None:
-        self._finishing = True
+    def _give_up(self, state: State) -> None:
+        self._state = max(self._state, state)
         self._backlog.clear()
         self.behind = 0
         self._shut(socket.SHUT_RDWR)
@@ -460,9 +478,9 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="console", daemon=True)
         self._thread.start()
 
-    def give(self, pieces: Sequence[memoryview]) -> int:
+    def give(self, pieces: Sequence[memoryview], limit: int = CONSOLE_BYTES) -> int:
         with self._changed:
-            if self._bytes > CONSOLE_BYTES:
+            if self._bytes > limit:
                 self._lines_missed += sum(bytes(piece).count(b"\n") for piece in pieces)
             else:
                 self._queue.extend(pieces)
@@ -471,8 +489,8 @@ class Writer:
         return 0
 
     def say(self, text: str) -> None:
-        """Queue one line of our own. Does not block."""
-        self.give([memoryview(f"{text}\n".encode("utf-8", "replace"))])
+        """Queue one line of our own, if need be on top of a full queue. Does not block."""
+        self.give([memoryview(f"{text}\n".encode("utf-8", "replace"))], 2 * CONSOLE_BYTES)
 
     def close(self, seconds: float) -> None:
         """Take the last of the queue to the file, for so many seconds at most."""
@@ -490,7 +508,7 @@ class Writer:
                 if not self._queue:
                     return
                 text = b"".join(self._queue)
-                if self._lines_missed:  # all of them came behind what is in the queue, which was full
+                if self._lines_missed:  # all of them, chat at least, came behind what is in the queue, which was full
                     text += f"* {self._lines_missed} lines not shown\n".encode()
                 self._queue, self._bytes, self._lines_missed = [], 0, 0
             try:
@@ -527,11 +545,11 @@ class Room:
         self._turn = threading.Lock()
         self._members: list[Member] = [] if quiet else [console]
         self._clients: dict[str, Client] = {}  # by label
-        self._closed = False
         # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
         self._queue_lock = threading.Lock()
         self._queue: collections.deque[tuple[Client, bytes]] = collections.deque()
         self._queue_bytes = 0
+        self._closed = False  # nothing more is put down, nobody comes in
         self._queued: set[Client] = set()  # who has a block in the queue: one at most
         self._turn_is_awaited = False  # somebody waits for the turn, and will take what is put down until then
         self._waiters: dict[Client, threading.Condition] = {}  # handlers that wait to put down, or to be on time
@@ -572,11 +590,11 @@ class Room:
         """Give ``lines`` to all other members, in portions that let others have their say.
 
         Blocks while an earlier portion waits in the queue or the queue is full, and while somebody is late and
-        ``client`` is that one or has said its share; then perhaps for the turn. Ends, with lines unsaid, when
-        ``client`` is ended.
+        ``client`` is that one or has said its share; then perhaps for the turn. Ends, with lines unsaid, when the
+        server has ``client`` leave.
         """
         prefix_bytes = len(f"{client.label}:".encode())
-        while lines and not client.ended:
+        while lines and not client.leaving:
             block, must_take_turn = self._put_down(client, lines)
             lines = lines[len(block) - block.count(b"\n") * prefix_bytes :]
             if must_take_turn:
@@ -587,7 +605,7 @@ class Room:
         """Wait until something of ``lines`` may be queued; return it, and whether to take the turn for it."""
         with self._queue_lock:
             block = self._wait(client, lambda: self._portion(client, lines))
-            if client.ended:
+            if client.leaving:
                 return block, False
             client.said += len(block)
             self._queue.append((client, block))
@@ -602,7 +620,7 @@ class Room:
         with self._turn:
             self._give(client, [memoryview(notice)])
         with self._queue_lock:
-            self._wait(client, lambda: client.ended or client not in self._late)
+            self._wait(client, lambda: client.leaving or client not in self._late)
 
     # Called from any thread
 
@@ -616,10 +634,18 @@ class Room:
     # Runs in the server thread
 
     def close(self) -> None:
-        """Let nobody in any more; relay what was put down."""
+        """Let nobody in and nothing be said any more; relay what was put down."""
         with self._turn:
-            self._closed = True
-            self._take_turn()
+            with self._queue_lock:
+                self._closed = True
+            while self._queue:
+                self._take_turn()
+
+    def finish(self, client: Client) -> None:
+        """Have ``client`` leave behind what was queued for it."""
+        client.finish()
+        with self._queue_lock:
+            self._wake(client)
 
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
@@ -723,9 +749,9 @@ class Room:
 
     def _portion(self, client: Client, lines: bytes) -> bytes:
         """Return what ``client`` may put down now of its ``lines``, labelled and paid for; nothing if it must wait."""
-        if client.ended:
+        if client.leaving:
             return lines
-        if client in self._queued or client in self._late:
+        if self._closed or client in self._queued or client in self._late:
             return b""
         size = self._round_bytes() // (len(self._queue) + 1)  # the next round has one for everyone who wants to speak
         if self._late:
@@ -807,9 +833,9 @@ class Server:
         self._listener.close()
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
-        # 3. Everyone gets end-of-file behind what was queued, closes its side, and its handler leaves.
+        # 3. Everyone gets end-of-file behind what was queued; its handler leaves when the peer closes or says more.
         for client in list(self._clients):
-            client.finish()
+            self._room.finish(client)
         while self._clients and time.monotonic() < deadline:
             self._pass(deadline - time.monotonic())
         # 4. Those who do not close stay behind. Waking thousands of handlers would only take time.
@@ -892,7 +918,7 @@ class Server:
 
     def _watch(self, client: Client) -> None:
         if client not in self._behind and not client.ended:
-            if not self._behind:
+            if not self._behind and self._listening:  # else the clock runs already
                 self._next_tick = time.monotonic() + 1.0
             self._behind.add(client)
             if len(self._behind) < MAX_WATCHED:  # the rest wait for the next tick
