@@ -179,7 +179,7 @@ class Speaking(unittest.TestCase):
             self.assertEqual(spoken(block), (block, False))
 
     def test_each_line_is_labelled(self) -> None:
-        self.assertEqual(labelled("54358", b"a\n\tb\n"), b"54358:a\n54358:\tb\n")
+        self.assertEqual(labelled("54358", b"a\n\tb\n", 100), (b"54358:a\n54358:\tb\n", b""))
 
 
 class Batches(unittest.TestCase):

@@ -1,0 +1,733 @@
+"""Measures the server beside others under the same load: ``python tests/bench.py [--quick] [--json] [CELL ...]``.
+
+Each cell starts fresh servers and runs ours and every rival in turn, several rounds of it, so that a machine that gets
+slower or faster meanwhile slows all of them; what counts are the ratios in one run. The load comes from processes of
+its own: one sends, one reads everybody's connection and counts lines, one reads a single connection, the probe, and
+looks at each line. What is lost, doubled, torn or out of order at our server fails the benchmark.
+
+Rivals: the textbook server and the bare relay beside this file, ``ncat --chat`` and ``nats-server`` where they are
+installed. NATS is sent one message a line, and is asked, as the others do, not to echo. The bare relay only shows what
+the load can bear. The ``load`` column tells how busy the busiest process of the load was: under 100 %, it was not what
+was measured. Linux only: it reads /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import platform
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+SERVER = HERE.parent / "mychatserver.py"
+LOOPBACK = "127.0.0.1"
+LINE_BYTES = 32  # sender, number, time sent, newline
+LINE = re.compile(rb"(\d{4})(\d{7})(\d{20})\r?\n")
+LABELLED = re.compile(rb"(\d+(?:-\d+)?):(\d{4})(\d{7})(\d{20})")
+NUMBERS = 2_000  # an endless flood repeats these
+GIVE_UP_SECONDS = 60.0  # without a line that is due
+TYPIST = 9_999  # the number of the sender who types
+FORK = multiprocessing.get_context("fork")  # the load's processes share the connections
+
+Figures = dict[str, float]
+
+
+class Failed(Exception):
+    """A server did not do what the cell asks; the text says what."""
+
+
+# --- The servers: how each is started and spoken to -------------------------------------------------------------------
+
+
+class Rival:
+    """A server program and its wire; this one is ours."""
+
+    name = "ours"
+    newlines = 1  # in what is received for a line
+    most_clients = 20_000
+    keeps_lines = True  # each whole, with a label of its own: then the probe checks them all
+
+    def command(self, port: int) -> list[str]:
+        return [sys.executable, str(SERVER), "--quiet", "--port", str(port)]
+
+    def greet(self, sock: socket.socket) -> None:
+        """Do what the wire asks before the first line."""
+
+    def frame(self, lines: bytes) -> bytes:
+        """Return ``lines`` as they are sent."""
+        return lines
+
+
+class Textbook(Rival):
+    name, keeps_lines = "textbook", False
+
+    def command(self, port: int) -> list[str]:
+        return [sys.executable, str(HERE / "textbook.py"), str(port)]
+
+
+class Bare(Rival):
+    name, keeps_lines = "bare", False
+
+    def command(self, port: int) -> list[str]:
+        return [sys.executable, str(HERE / "bare.py"), str(port)]
+
+
+class Ncat(Rival):
+    name, keeps_lines = "ncat", False
+    most_clients = 1_000  # it waits with select()
+
+    def command(self, port: int) -> list[str]:
+        return ["ncat", "--chat", "-m", "1010", "-l", LOOPBACK, str(port)]
+
+    def greet(self, sock: socket.socket) -> None:
+        receive_until(sock, b"\n")  # it tells who else is there; its queue of those who connect is short
+
+
+class Nats(Rival):
+    name, keeps_lines = "nats", False
+    newlines = 2
+
+    def command(self, port: int) -> list[str]:
+        return ["nats-server", "-a", LOOPBACK, "-p", str(port)]
+
+    def greet(self, sock: socket.socket) -> None:
+        receive_until(sock, b"\r\n")  # INFO
+        sock.sendall(b'CONNECT {"verbose":false,"echo":false,"pedantic":false}\r\nSUB room 1\r\nPING\r\n')
+        receive_until(sock, b"PONG\r\n")
+
+    def frame(self, lines: bytes) -> bytes:
+        head = b"PUB room %d\r\n" % (LINE_BYTES - 1)
+        return head + lines[:-1].replace(b"\n", b"\r\n" + head) + b"\r\n"
+
+
+def receive_until(sock: socket.socket, end: bytes) -> None:
+    data = b""
+    while not data.endswith(end):
+        more = sock.recv(65_536)
+        if not more:
+            raise Failed("closed the connection")
+        data += more
+
+
+def rivals() -> list[Rival]:
+    """Return all that can be run here, ours first; say what is not installed."""
+    found: list[Rival] = [Rival(), Textbook(), Bare()]
+    for rival, program in ((Ncat(), "ncat"), (Nats(), "nats-server")):
+        if shutil.which(program):
+            found.append(rival)
+        else:
+            print(f"{program} is not installed: not measured", file=sys.stderr)
+    return found
+
+
+class Served:
+    """A running server, with connections in its room."""
+
+    def __init__(self, rival: Rival, clients: int, receive_buffers: Sequence[int] = ()) -> None:
+        if clients > rival.most_clients:
+            raise Failed(f"takes {rival.most_clients} clients at most")
+        self.rival = rival
+        with socket.socket() as free:
+            free.bind((LOOPBACK, 0))
+            self.port = free.getsockname()[1]
+        self._log = open(os.devnull, "wb")  # noqa: SIM115 - closed in close()
+        self.process = subprocess.Popen(rival.command(self.port), stdout=subprocess.PIPE, stderr=self._log)
+        self.socks: list[socket.socket] = []
+        try:
+            if isinstance(rival, (Textbook, Bare)):
+                assert self.process.stdout
+                self.port = int(self.process.stdout.readline())
+            for number in range(clients):
+                self._join(receive_buffers[number] if number < len(receive_buffers) else 0)
+                if isinstance(rival, Ncat) and number % 20 == 0:  # it tells everyone of everyone, and waits for them
+                    self._settle(0.0)
+        except BaseException:
+            self.close()
+            raise
+
+    def _join(self, receive_buffer: int) -> None:
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while True:
+            sock = socket.socket()
+            try:
+                if receive_buffer:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+                sock.connect((LOOPBACK, self.port))
+                break
+            except OSError as error:
+                sock.close()
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise Failed(f"client {len(self.socks)} cannot connect: {error}") from error
+                time.sleep(0.02)  # it has just been started, or its queue is full
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.rival.greet(sock)
+        self.socks.append(sock)
+
+    def all_served(self) -> None:
+        """Wait until everybody hears everybody: the last to connect says something until all others have heard it."""
+        *others, last = self.socks
+        line = self.rival.frame(numbered(TYPIST, 1))
+        waiting = {sock.fileno(): sock for sock in others}
+        poller = select.epoll()
+        for descriptor in waiting:
+            poller.register(descriptor, select.EPOLLIN)
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while waiting:
+            last.sendall(line)
+            pause = time.monotonic() + 0.2
+            while waiting and time.monotonic() < pause:
+                for descriptor, _ in poller.poll(0.05):
+                    if not waiting.pop(descriptor).recv(1 << 20):
+                        raise Failed("closed a connection")
+                    poller.unregister(descriptor)
+            if time.monotonic() > deadline:
+                raise Failed(f"{len(waiting)} clients hear nothing")
+        poller.close()
+        self._settle()
+
+    def _settle(self, seconds: float = 0.5) -> None:
+        """Read what is said until nothing has come for so long."""
+        poller = select.epoll()
+        by_descriptor = {sock.fileno(): sock for sock in self.socks}
+        for descriptor in by_descriptor:
+            poller.register(descriptor, select.EPOLLIN)
+        while ready := poller.poll(seconds):
+            for descriptor, _ in ready:
+                by_descriptor[descriptor].recv(1 << 20)
+        poller.close()
+
+    def cpu_seconds(self) -> float:
+        return cpu_seconds(self.process.pid)
+
+    def memory(self, field: str = "VmHWM") -> int:
+        """Return bytes that are resident, at the peak unless ``field`` is VmRSS."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(rf"^{field}:\s+(\d+)", status, re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+
+    def close(self) -> None:
+        for sock in self.socks:
+            sock.close()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdout
+        self.process.stdout.close()
+        self._log.close()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- The load: processes that send, read and look at lines ------------------------------------------------------------
+
+
+def numbered(sender: int, count: int) -> bytes:
+    """Return so many lines of a sender, to be sent whenever."""
+    return b"".join(b"%04d%07d%020d\n" % (sender, number, 0) for number in range(count))
+
+
+class Worker:
+    """A process of the load. It begins when told to, and returns one result."""
+
+    def __init__(self, work: Callable[..., Any], *arguments: Any) -> None:
+        self._work, self._arguments = work, arguments
+        self._here, self._there = FORK.Pipe()
+        self.process = FORK.Process(target=self._run, daemon=True)
+        self.process.start()
+
+    def _run(self) -> None:
+        self._there.recv()
+        try:
+            result = self._work(*self._arguments)
+        except Exception as error:
+            result = error
+        self._there.send((result, time.process_time()))
+
+    def start(self) -> None:
+        self._here.send(None)
+
+    def result(self, seconds: float = 3 * GIVE_UP_SECONDS) -> tuple[Any, float]:
+        """Return what the work returned, and the CPU seconds that it took."""
+        if not self._here.poll(seconds):
+            raise Failed("does not finish")
+        result, cpu = self._here.recv()
+        self.process.join()
+        if isinstance(result, Exception):
+            raise result
+        return result, cpu
+
+
+@contextlib.contextmanager
+def workers(*started: Worker) -> Iterator[None]:
+    """End these processes at the end, whatever happened."""
+    try:
+        yield
+    finally:
+        for worker in started:
+            worker.process.kill()
+            worker.process.join()
+
+
+def send_all(socks: Sequence[socket.socket], texts: Sequence[bytes]) -> None:
+    """Send each its text, all at the same time."""
+    left = {sock.fileno(): (sock, memoryview(text)) for sock, text in zip(socks, texts)}
+    poller = select.epoll()
+    for descriptor in left:
+        poller.register(descriptor, select.EPOLLOUT)
+    while left:
+        for descriptor, _ in poller.poll():
+            sock, text = left[descriptor]
+            text = text[sock.send(text[:65_536], socket.MSG_DONTWAIT) :]
+            left[descriptor] = sock, text
+            if not text:
+                del left[descriptor]
+                poller.unregister(descriptor)
+
+
+def flood(socks: Sequence[socket.socket], texts: Sequence[bytes], seconds: float) -> None:
+    """Send each its text again and again, for so long; whole texts, so that no line is cut at the end."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        send_all(socks, texts)
+
+
+def flood_each(socks: Sequence[socket.socket], texts: Sequence[bytes], seconds: float) -> None:
+    """As ``flood``, but nobody waits for the slowest among the senders; what is not sent at the end stays unsent."""
+    left = {sock.fileno(): (sock, text, memoryview(text)) for sock, text in zip(socks, texts)}
+    poller = select.epoll()
+    for descriptor in left:
+        poller.register(descriptor, select.EPOLLOUT)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for descriptor, _ in poller.poll(0.1):
+            sock, whole, text = left[descriptor]
+            text = text[sock.send(text[:65_536], socket.MSG_DONTWAIT) :]
+            left[descriptor] = sock, whole, text or memoryview(whole)
+
+
+def speak(rival: Rival, socks: Sequence[socket.socket], first: int, rate: float, seconds: float) -> int:
+    """Send lines with the time on them at a steady rate, the senders in turn; return how many."""
+    start = time.monotonic()
+    count = int(rate * seconds)
+    for number in range(count):
+        pause = start + number / rate - time.monotonic()
+        if pause > 0:
+            time.sleep(pause)
+        turn, who = divmod(number, len(socks))
+        line = b"%04d%07d%020d\n" % (first + who, turn, time.monotonic_ns())
+        socks[who].sendall(rival.frame(line))
+    return count
+
+
+def count_all(socks: Sequence[socket.socket], expected: Sequence[int], exactly: bool) -> float:
+    """Read everybody's connection until each has had so many newlines; return when that was."""
+    poller = select.epoll()
+    left = {sock.fileno(): (sock, count) for sock, count in zip(socks, expected) if count}
+    for descriptor in left:
+        poller.register(descriptor, select.EPOLLIN)
+    buffer = bytearray(1 << 20)
+    done = time.monotonic()
+    while left:
+        ready = poller.poll(GIVE_UP_SECONDS)
+        if not ready:
+            raise Failed(f"{len(left)} clients miss {sum(count for _, count in left.values())} lines")
+        for descriptor, _ in ready:
+            sock, count = left[descriptor]
+            size = sock.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+            if not size:
+                raise Failed("closed a connection")
+            count -= buffer.count(b"\n", 0, size)
+            left[descriptor] = sock, count
+            if count <= 0:
+                if count and exactly:
+                    raise Failed(f"{-count} lines too many")
+                done = time.monotonic()
+                del left[descriptor]
+                poller.unregister(descriptor)
+    return done
+
+
+def discard_all(socks: Sequence[socket.socket], seconds: float) -> None:
+    """Read everybody's connection for so long."""
+    poller = select.epoll()
+    by_descriptor = {sock.fileno(): sock for sock in socks}
+    for descriptor in by_descriptor:
+        poller.register(descriptor, select.EPOLLIN)
+    buffer = bytearray(1 << 20)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for descriptor, _ in poller.poll(0.1):
+            if not by_descriptor[descriptor].recv_into(buffer, 0, socket.MSG_DONTWAIT):
+                raise Failed("let a client go")
+
+
+Pieces = list[tuple[int, bytes]]  # when it came, in nanoseconds; what came
+
+
+def record(sock: socket.socket, seconds: float, newlines: int = 0, pace: int = 0) -> Pieces:
+    """Keep all that comes for so long, or until so many newlines have come. Read ``pace`` bytes a second, if not 0."""
+    pieces: Pieces = []
+    deadline = time.monotonic() + seconds
+    count, started, size = 0, time.monotonic(), 0
+    sock.settimeout(0.1)  # the processes share the connection, but not this
+    while time.monotonic() < deadline and (not newlines or count < newlines):
+        if pace and size > pace * (time.monotonic() - started):
+            time.sleep(0.01)
+            continue
+        with contextlib.suppress(TimeoutError, socket.timeout, BlockingIOError):
+            data = sock.recv(65_536 if pace else 1 << 20)
+            if not data:
+                raise Failed("let the probe go")
+            pieces.append((time.monotonic_ns(), data))
+            size += len(data)
+            count += data.count(b"\n") if newlines else 0
+    return pieces
+
+
+def probe(
+    rival: Rival, sock: socket.socket, seconds: float, newlines: int = 0, pace: int = 0, repeats: bool = False
+) -> dict[str, Any]:
+    """Record a connection, then look at what came: whole lines in order, how late, how many of whom in each second."""
+    started = time.monotonic_ns()
+    pieces = record(sock, seconds, newlines, pace)
+    if rival.keeps_lines:
+        check(b"".join(data for _, data in pieces), repeats)
+    delays: dict[int, list[float]] = {}
+    windows: dict[int, dict[int, int]] = {}
+    rest = b""
+    for moment, data in pieces:
+        data = rest + data
+        rest = data[data.rfind(b"\n") + 1 :]
+        window = (moment - started) // 1_000_000_000
+        for sender, _, sent in LINE.findall(data):
+            who = int(sender)
+            of_window = windows.setdefault(window, {})
+            of_window[who] = of_window.get(who, 0) + 1
+            if sent != b"0" * 20:
+                delays.setdefault(who, []).append((moment - int(sent)) / 1e6)
+    return {"delays": delays, "windows": windows, "bytes": sum(len(data) for _, data in pieces)}
+
+
+def check(stream: bytes, repeats: bool) -> None:
+    """Raise Failed unless these are whole labelled lines, of each sender all from the first on, in their order."""
+    following: dict[bytes, tuple[bytes, int]] = {}
+    for line in stream.split(b"\n")[:-1]:
+        found = LABELLED.fullmatch(line)
+        if not found:
+            raise Failed(f"a line is torn: {line[:80]!r}")
+        label, sender, number = found[1], found[2], int(found[3])
+        due = following.get(label, (sender, 0))
+        if due != (sender, number):
+            raise Failed(f"{line!r} where number {due[1]} was due")
+        following[label] = sender, (number + 1) % NUMBERS if repeats else number + 1
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+# --- The cells: what is asked of every server -------------------------------------------------------------------------
+
+
+def pour(rival: Rival, clients: int, senders: int, lines: int) -> Figures:
+    """Have some of the clients send so many lines each; count what everybody hears. Checks every line at one."""
+    with Served(rival, clients) as served:
+        served.all_served()
+        texts = [rival.frame(numbered(sender, lines)) for sender in range(senders)]
+        expected = [
+            rival.newlines * lines * (senders - 1 if number < senders else senders) for number in range(clients)
+        ]
+        *counted, probed = range(clients)
+        counting = Worker(
+            count_all,
+            [served.socks[number] for number in counted],
+            [expected[number] for number in counted],
+            rival.keeps_lines,  # NATS says PING now and then
+        )
+        sending = Worker(send_all, served.socks[:senders], texts)
+        watching = Worker(probe, rival, served.socks[probed], GIVE_UP_SECONDS, expected[probed])
+        with workers(counting, sending, watching):
+            cpu = served.cpu_seconds()
+            started = time.monotonic()
+            for worker in (watching, counting, sending):
+                worker.start()
+            done, counting_cpu = counting.result()
+            cpu = served.cpu_seconds() - cpu
+            memory = served.memory()
+            (_, sending_cpu), (seen, _) = sending.result(), watching.result()
+        heard = sum(sum(window.values()) for window in seen["windows"].values())
+        if rival.keeps_lines and heard != expected[probed]:
+            raise Failed(f"the probe hears {heard} lines of {expected[probed]}")
+        elapsed = done - started
+        deliveries = sum(expected) // rival.newlines
+        return {
+            "M/s": deliveries / elapsed / 1e6,
+            "ns/delivery": cpu / deliveries * 1e9,
+            "cpu s": cpu,
+            "MiB": memory / 2**20,
+            "load %": 100 * max(counting_cpu, sending_cpu) / elapsed,
+        }
+
+
+def talk(rival: Rival, clients: int, senders: int, rate: float, seconds: float) -> Figures:
+    """Have some of the clients say lines at a steady rate in all; tell how late one hears them."""
+    with Served(rival, clients) as served:
+        served.all_served()
+        *others, probed = served.socks
+        discarding = Worker(discard_all, others, seconds + 1)
+        speaking = Worker(speak, rival, served.socks[:senders], 0, rate, seconds)
+        watching = Worker(probe, rival, probed, seconds + 1)
+        with workers(discarding, speaking, watching):
+            cpu = served.cpu_seconds()
+            for worker in (watching, discarding, speaking):
+                worker.start()
+            said, _ = speaking.result()
+            _, discarding_cpu = discarding.result()
+            seen, _ = watching.result()
+            cpu = served.cpu_seconds() - cpu
+        delays = [delay for of_sender in seen["delays"].values() for delay in of_sender]
+        if len(delays) != said:
+            raise Failed(f"{said - len(delays)} of {said} lines are missing")
+        return {
+            "p50 ms": percentile(delays, 0.5),
+            "p99 ms": percentile(delays, 0.99),
+            "cpu s": cpu,
+            "MiB": served.memory() / 2**20,
+            "load %": 100 * discarding_cpu / (seconds + 1),
+        }
+
+
+def flooders(rival: Rival, count: int, seconds: float) -> Figures:
+    """Have so many clients flood while one types and one, the probe, reads; tell how fair that is."""
+    with Served(rival, count + 2) as served:
+        served.all_served()
+        *flooding, typist, quick = served.socks
+        texts = [rival.frame(numbered(sender, NUMBERS)) for sender in range(count)]
+        discarding = Worker(discard_all, [*flooding, typist], seconds + 2)
+        sending = Worker(flood_each, flooding, texts, seconds)
+        speaking = Worker(speak, rival, [typist], TYPIST, 25, seconds)
+        watching = Worker(probe, rival, quick, seconds + 1, 0, 0, True)
+        with workers(discarding, sending, speaking, watching):
+            cpu = served.cpu_seconds()
+            for worker in (watching, discarding, sending, speaking):
+                worker.start()
+            speaking.result()
+            cpu = served.cpu_seconds() - cpu
+            memory = served.memory()
+            seen, _ = watching.result()
+            _, discarding_cpu = discarding.result()
+        shares = []
+        for window in range(1, int(seconds)):
+            lines = [seen["windows"].get(window, {}).get(sender, 0) for sender in range(count)]
+            shares.append(min(lines) / max(1, *lines))
+        delays = seen["delays"].get(TYPIST, [])
+        if not delays:
+            raise Failed("the typist is never heard")
+        return {
+            "slowest/fastest": min(shares),
+            "typist p50 ms": percentile(delays, 0.5),
+            "typist p99 ms": percentile(delays, 0.99),
+            "heard MB/s": seen["bytes"] / 1e6 / seconds,
+            "cpu s": cpu,
+            "MiB": memory / 2**20,
+            "load %": 100 * discarding_cpu / (seconds + 2),
+        }
+
+
+def slow_reader(rival: Rival, megabytes: int, pace: int) -> Figures:
+    """Have someone pour while one reads slowly and another types to a quick reader."""
+    lines = megabytes * 1_000_000 // LINE_BYTES
+    with Served(rival, 4, receive_buffers=[65_536]) as served:
+        served.all_served()
+        slow, pourer, typist, quick = served.socks
+        seconds = megabytes * 1e6 * 1.5 * rival.newlines / pace
+        sending = Worker(send_all, [pourer], [rival.frame(numbered(0, lines))])
+        crawling = Worker(probe, rival, slow, GIVE_UP_SECONDS, lines * rival.newlines, pace)
+        speaking = Worker(speak, rival, [typist], TYPIST, 25, 6.0)
+        watching = Worker(probe, rival, quick, seconds)
+        discarding = Worker(discard_all, [pourer, typist], seconds)
+        with workers(sending, crawling, speaking, watching, discarding):
+            started = time.monotonic()
+            for worker in (watching, discarding, crawling, sending, speaking):
+                worker.start()
+            sending.result()
+            poured = time.monotonic() - started
+            crawled, _ = crawling.result()
+            seen, _ = watching.result()
+        heard = sum(window.get(0, 0) for window in crawled["windows"].values())
+        if rival.keeps_lines and heard < lines - 6 * 25:  # it stops at the number of newlines, some of the typist's
+            raise Failed(f"the slow reader misses {lines - heard} of {lines} lines")
+        delays = seen["delays"].get(TYPIST, [0.0])
+        return {
+            "typist p50 ms": percentile(delays, 0.5),
+            "typist p99 ms": percentile(delays, 0.99),
+            "poured in s": poured,
+            "MiB": served.memory() / 2**20,
+        }
+
+
+def hold(rival: Rival, clients: int) -> Figures:
+    """Have so many clients connect, and leave."""
+    with Served(rival, 2) as served:
+        served.all_served()
+        before, threads = served.memory("VmRSS"), thread_count(served)
+        started = time.monotonic()
+        while len(served.socks) < clients:
+            served._join(0)
+        connected = time.monotonic() - started
+        served.all_served()
+        memory = served.memory("VmRSS") - before
+        leaving = served.socks[2:]
+        del served.socks[2:]
+        started = time.monotonic()
+        for sock in leaving:
+            sock.close()
+        while thread_count(served) > threads:
+            if time.monotonic() - started > GIVE_UP_SECONDS:
+                raise Failed("threads are left over")
+            time.sleep(0.02)
+        left = time.monotonic() - started
+        return {
+            "connect s": connected,
+            "KiB/client": memory / clients / 1024,
+            "leave s": left,
+            "KiB/client after": (served.memory("VmRSS") - before) / clients / 1024,
+        }
+
+
+def thread_count(served: Served) -> int:
+    return len(os.listdir(f"/proc/{served.process.pid}/task"))
+
+
+Cell = Callable[[Rival, bool], Figures]  # the server, whether it must be quick
+
+CELLS: dict[str, tuple[str, Cell]] = {
+    "flood": ("11 clients, 1 sends", lambda rival, quick: pour(rival, 11, 1, 500_000 if quick else 3_000_000)),
+    "room": ("1,000 clients, 10 send", lambda rival, quick: pour(rival, 1_000, 10, 500 if quick else 2_000)),
+    "crowd": ("9,900 clients, 10 send", lambda rival, quick: pour(rival, 9_900, 10, 20)),
+    "alltalk": ("1,000 clients, all send", lambda rival, quick: pour(rival, 1_000, 1_000, 5 if quick else 20)),
+    "flooders": ("50 clients flood, 1 types, 1 reads", lambda rival, quick: flooders(rival, 50, 3 if quick else 6)),
+    "thousand": ("1,000 clients flood, 1 types, 1 reads", lambda rival, quick: flooders(rival, 1_000, 6)),
+    "latency": ("300 clients, 1,000 lines/s in all", lambda rival, quick: talk(rival, 300, 299, 1_000, 3)),
+    "quiet": ("11 clients, 400 lines/s in all", lambda rival, quick: talk(rival, 11, 10, 400, 3)),
+    "slow": ("1 pours 24 MB, 1 reads 2 MB/s, 1 types", lambda rival, quick: slow_reader(rival, 24, 2_000_000)),
+    "hold": ("10,000 clients come and leave", lambda rival, quick: hold(rival, 10_000)),
+}
+for talkers in (125, 250, 500, 1_000):  # as many deliveries each: the cost of one should not rise
+    CELLS[f"curve{talkers}"] = (
+        f"{talkers:,} clients, all send",
+        lambda rival, quick, talkers=talkers: pour(rival, talkers, talkers, 40_000_000 // talkers**2),  # type: ignore[misc]  # mypy infers no type for a lambda with a default
+    )
+QUICK = ("flood", "alltalk", "latency", "quiet")
+OURS_ALONE = ("hold", "curve125", "curve250", "curve500", "curve1000")
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, servers: Sequence[Rival], rounds: int, quick: bool) -> dict[str, Any]:
+    """Run one cell, every server in turn, several times; return each server's figures of every round."""
+    runs: dict[str, list[Figures]] = {rival.name: [] for rival in servers}
+    problems: dict[str, str] = {}
+    for _ in range(rounds):
+        for rival in servers:
+            if rival.name not in problems:
+                try:
+                    runs[rival.name].append(CELLS[name][1](rival, quick))
+                except (Failed, OSError) as error:
+                    problems[rival.name] = str(error)
+    return {"cell": name, "what": CELLS[name][0], "runs": runs, "problems": problems}
+
+
+def median(runs: Sequence[Figures], figure: str) -> float:
+    return statistics.median(run[figure] for run in runs)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a cell: medians, the spread of the first figure, and ours as a multiple of each rival's, round by round."""
+    print(f"\n{result['cell']}: {result['what']}")
+    ours = result["runs"]["ours"]
+    for name, runs in result["runs"].items():
+        if name in result["problems"]:
+            print(f"  {name:9} {result['problems'][name]}")
+        elif runs:
+            first = next(iter(runs[0]))
+            figures = "  ".join(f"{figure} {median(runs, figure):.4g}" for figure in runs[0])
+            spread = f"{min(run[first] for run in runs):.3g}-{max(run[first] for run in runs):.3g}"
+            ratio = ""
+            if name != "ours" and ours and "ours" not in result["problems"]:
+                ratios = [
+                    f"{figure} {statistics.median(a[figure] / b[figure] for a, b in zip(ours, runs)):.2f} x"
+                    for figure in ("M/s", "p50 ms", "p99 ms", "typist p99 ms")
+                    if figure in runs[0] and all(run[figure] for run in runs)
+                ]
+                ratio = f"  [ours: {', '.join(ratios)}]"
+            print(f"  {name:9} {figures}  ({first} {spread}){ratio}")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Run the cells that are asked for; return 1 if our server failed in one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cells", nargs="*", metavar="CELL", help=f"all of {', '.join(CELLS)} unless given")
+    parser.add_argument("--quick", action="store_true", help=f"under a minute: {', '.join(QUICK)}, one round")
+    parser.add_argument("--rounds", type=int, default=3, help="of every server in each cell (default: 3)")
+    parser.add_argument("--only", default="", metavar="NAMES", help="servers to run, as ours,textbook (default: all)")
+    parser.add_argument("--json", action="store_true", help="print every figure of every run as JSON")
+    options = parser.parse_args()
+    for cell in options.cells:
+        if cell not in CELLS:
+            parser.error(f"no cell {cell!r}; there are {', '.join(CELLS)}")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    servers = [rival for rival in rivals() if not options.only or rival.name in options.only.split(",")]
+    model = re.search(r"^model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    machine = (
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {model[1] if model else platform.machine()}, "
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    )
+    if not options.json:
+        print(machine)
+    results = []
+    for name in options.cells or (QUICK if options.quick else CELLS):
+        chosen = [rival for rival in servers if name not in OURS_ALONE or rival.name == "ours"]
+        result = measure(name, chosen, 1 if options.quick else options.rounds, options.quick)
+        results.append(result)
+        if not options.json:
+            show(result)
+    if options.json:
+        print(json.dumps({"machine": machine, "results": results}, indent=1))
+    return 1 if any("ours" in result["problems"] for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
