@@ -637,8 +637,11 @@ CELLS: dict[str, tuple[str, Cell]] = {
     "alltalk": ("1,000 clients, all send", lambda rival, quick: pour(rival, 1_000, 1_000, 5 if quick else 20)),
     "flooders": ("50 clients flood, 1 types, 1 reads", lambda rival, quick: flooders(rival, 50, 3 if quick else 6)),
     "thousand": ("1,000 clients flood, 1 types, 1 reads", lambda rival, quick: flooders(rival, 1_000, 6)),
-    "latency": ("300 clients, 1,000 lines/s in all", lambda rival, quick: talk(rival, 300, 299, 1_000, 3)),
-    "quiet": ("11 clients, 400 lines/s in all", lambda rival, quick: talk(rival, 11, 10, 400, 3)),
+    "latency": (
+        "300 clients, 1,000 lines/s in all",
+        lambda rival, quick: talk(rival, 300, 299, 1_000, 1 if quick else 3),
+    ),
+    "quiet": ("11 clients, 400 lines/s in all", lambda rival, quick: talk(rival, 11, 10, 400, 1 if quick else 3)),
     "slow": ("1 pours 24 MB, 1 reads 2 MB/s, 1 types", lambda rival, quick: slow_reader(rival, 24, 2_000_000)),
     "hold": ("10,000 clients come and leave", lambda rival, quick: hold(rival, 10_000)),
 }
