@@ -83,7 +83,7 @@ DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued fo
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
 LINGER_BYTES = 1_048_576  # thrown away meanwhile
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
-WRITER_SECONDS = 0.2  # in which the last lines must be shown then
+WRITER_SECONDS = 0.4  # in which the last lines must be shown then
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
 ACCEPTS_A_PASS = 64  # before backlogs have their turn again
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
@@ -275,10 +275,10 @@ class Client:
         self.had_backlog = False  # the server thread has been asked to send for it
         self._state = OPEN
         self._taken = 0  # bytes of a backlog, since the last note
+        self._said_at_taking = 0  # what it had said when it last took anything
         # Only the server thread uses what follows.
         self._notes: collections.deque[int] = collections.deque(maxlen=STALL_SECONDS)  # taken in each second
         self._noted_late = False
-        self._said_before = 0  # as of the last note of anything taken
 
     @property
     def leaving(self) -> bool:
@@ -304,6 +304,8 @@ class Client:
         with self._lock:
             was_behind = self.behind > 0
             sent = 0 if was_behind or self._state > OPEN else self._send(pieces)
+            if sent:
+                self._said_at_taking = self.said
             if sent == size or self._state > OPEN:
                 return 0
             self._backlog.extend(pieces)
@@ -332,6 +334,8 @@ class Client:
             if self._backlog:
                 sent = self._send(self._first(FLUSH_BYTES))
                 self._taken += sent
+                if sent:
+                    self._said_at_taking = self.said
                 self._advance(sent)
                 if self._state > OPEN and not self._backlog:
                     self._shut(socket.SHUT_WR)
@@ -343,11 +347,9 @@ class Client:
         """Note what was taken since the last call, a second ago; return whether that is too little to be kept."""
         if late != self._noted_late:
             self._notes.clear()
-        if self._taken:
-            self._said_before = self.said
         self._notes.append(self._taken)
         self._noted_late, self._taken = late, 0
-        pours = self.said - self._said_before >= POUR_BYTES
+        pours = self.said - self._said_at_taking >= POUR_BYTES
         seconds = FLOOR_SECONDS if late or pours else STALL_SECONDS
         return len(self._notes) >= seconds and sum(list(self._notes)[-seconds:]) < (FLOOR_BYTES if late else 1)
 

@@ -267,9 +267,12 @@ class Worker:
         self._there.recv()
         try:
             result = self._work(*self._arguments)
+            cpu = time.process_time()
+            if callable(result):  # what is left to do is no load any more
+                result = result()
         except Exception as error:
-            result = error
-        self._there.send((result, time.process_time()))
+            result, cpu = error, 0.0
+        self._there.send((result, cpu))
 
     def start(self) -> None:
         self._here.send(None)
@@ -397,7 +400,7 @@ def record(sock: socket.socket, seconds: float, newlines: int = 0, pace: int = 0
     pieces: Pieces = []
     deadline = time.monotonic() + seconds
     count, started, size = 0, time.monotonic(), 0
-    sock.settimeout(0.1)  # the processes share the connection, but not this
+    sock.settimeout(0.1)  # nobody else uses this connection meanwhile
     while time.monotonic() < deadline and (not newlines or count < newlines):
         if pace and size > pace * (time.monotonic() - started):
             time.sleep(0.01)
@@ -414,10 +417,15 @@ def record(sock: socket.socket, seconds: float, newlines: int = 0, pace: int = 0
 
 def probe(
     rival: Rival, sock: socket.socket, seconds: float, newlines: int = 0, pace: int = 0, repeats: bool = False
-) -> dict[str, Any]:
-    """Record a connection, then look at what came: whole lines in order, how late, how many of whom in each second."""
+) -> Callable[[], dict[str, Any]]:
+    """Record a connection; return what then looks at it."""
     started = time.monotonic_ns()
     pieces = record(sock, seconds, newlines, pace)
+    return lambda: look_at(rival, pieces, started, repeats)
+
+
+def look_at(rival: Rival, pieces: Pieces, started: int, repeats: bool) -> dict[str, Any]:
+    """Return how late lines came, and how many of whom in each second; check that they are whole and in order."""
     if rival.keeps_lines:
         check(b"".join(data for _, data in pieces), repeats)
     delays: dict[int, list[float]] = {}
@@ -483,7 +491,7 @@ def pour(rival: Rival, clients: int, senders: int, lines: int) -> Figures:
             done, counting_cpu = counting.result()
             cpu = served.cpu_seconds() - cpu
             memory = served.memory()
-            (_, sending_cpu), (seen, _) = sending.result(), watching.result()
+            (_, sending_cpu), (seen, watching_cpu) = sending.result(), watching.result()
         heard = sum(sum(window.values()) for window in seen["windows"].values())
         if rival.keeps_lines and heard != expected[probed]:
             raise Failed(f"the probe hears {heard} lines of {expected[probed]}")
@@ -494,7 +502,7 @@ def pour(rival: Rival, clients: int, senders: int, lines: int) -> Figures:
             "ns/delivery": cpu / deliveries * 1e9,
             "cpu s": cpu,
             "MiB": memory / 2**20,
-            "load %": 100 * max(counting_cpu, sending_cpu) / elapsed,
+            "load %": 100 * max(counting_cpu, sending_cpu, watching_cpu) / elapsed,
         }
 
 
@@ -510,9 +518,9 @@ def talk(rival: Rival, clients: int, senders: int, rate: float, seconds: float) 
             cpu = served.cpu_seconds()
             for worker in (watching, discarding, speaking):
                 worker.start()
-            said, _ = speaking.result()
+            said, speaking_cpu = speaking.result()
             _, discarding_cpu = discarding.result()
-            seen, _ = watching.result()
+            seen, watching_cpu = watching.result()
             cpu = served.cpu_seconds() - cpu
         delays = [delay for of_sender in seen["delays"].values() for delay in of_sender]
         if len(delays) != said:
@@ -522,7 +530,7 @@ def talk(rival: Rival, clients: int, senders: int, rate: float, seconds: float) 
             "p99 ms": percentile(delays, 0.99),
             "cpu s": cpu,
             "MiB": served.memory() / 2**20,
-            "load %": 100 * discarding_cpu / (seconds + 1),
+            "load %": 100 * max(speaking_cpu, discarding_cpu, watching_cpu) / seconds,
         }
 
 
@@ -540,18 +548,16 @@ def flooders(rival: Rival, count: int, seconds: float) -> Figures:
             cpu = served.cpu_seconds()
             for worker in (watching, discarding, sending, speaking):
                 worker.start()
-            speaking.result()
+            said, _ = speaking.result()
             cpu = served.cpu_seconds() - cpu
             memory = served.memory()
-            seen, _ = watching.result()
-            _, discarding_cpu = discarding.result()
+            load = [worker.result()[1] for worker in (sending, discarding)]
+            seen, watching_cpu = watching.result()
         shares = []
         for window in range(1, int(seconds)):
             lines = [seen["windows"].get(window, {}).get(sender, 0) for sender in range(count)]
             shares.append(min(lines) / max(1, *lines))
-        delays = seen["delays"].get(TYPIST, [])
-        if not delays:
-            raise Failed("the typist is never heard")
+        delays = typed(rival, seen, said, seconds)
         return {
             "slowest/fastest": min(shares),
             "typist p50 ms": percentile(delays, 0.5),
@@ -559,8 +565,16 @@ def flooders(rival: Rival, count: int, seconds: float) -> Figures:
             "heard MB/s": seen["bytes"] / 1e6 / seconds,
             "cpu s": cpu,
             "MiB": memory / 2**20,
-            "load %": 100 * discarding_cpu / (seconds + 2),
+            "load %": 100 * max(*load, watching_cpu) / seconds,
         }
+
+
+def typed(rival: Rival, seen: dict[str, Any], said: int, seconds: float) -> list[float]:
+    """Return how late each of the typist's lines was heard; those that were not count as later than all the time."""
+    delays: list[float] = seen["delays"].get(TYPIST, [])
+    if len(delays) != said and rival.keeps_lines:
+        raise Failed(f"{said - len(delays)} of the typist's {said} lines are missing")
+    return delays + [seconds * 1_000] * (said - len(delays))
 
 
 def slow_reader(rival: Rival, megabytes: int, pace: int) -> Figures:
@@ -582,11 +596,13 @@ def slow_reader(rival: Rival, megabytes: int, pace: int) -> Figures:
             sending.result()
             poured = time.monotonic() - started
             crawled, _ = crawling.result()
+            said, _ = speaking.result()
+            discarding.result()
             seen, _ = watching.result()
         heard = sum(window.get(0, 0) for window in crawled["windows"].values())
         if rival.keeps_lines and heard < lines - 6 * 25:  # it stops at the number of newlines, some of the typist's
             raise Failed(f"the slow reader misses {lines - heard} of {lines} lines")
-        delays = seen["delays"].get(TYPIST, [0.0])
+        delays = typed(rival, seen, said, seconds)
         return {
             "typist p50 ms": percentile(delays, 0.5),
             "typist p99 ms": percentile(delays, 0.99),

@@ -71,16 +71,15 @@ class Program:
         keep_input: bool = False,
         output: int = subprocess.PIPE,
         prefix: tuple[str, ...] = (),
-        pass_fds: tuple[int, ...] = (),
+        errors: int | None = None,
     ) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
             [*prefix, *command],
             stdin=subprocess.PIPE if keep_input else subprocess.DEVNULL,
             stdout=output,
-            stderr=self._errors,
+            stderr=self._errors if errors is None else errors,
             bufsize=0,
-            pass_fds=pass_fds,
         )
         self.output = b""
         self._unread = 0

@@ -177,15 +177,14 @@ class Many(TestCase):
         endless.join()
 
     @LINUX
-    def test_a_thousand_flooders_stay_and_a_typist_is_heard_among_them(self) -> None:
-        allow_descriptors(4_096)
+    def test_hundreds_of_flooders_stay_and_a_typist_is_heard_among_them(self) -> None:
         typist, quick = self.peer(), self.peer()
         endless = Background()
         endless.run(typist.read_to_end)
-        flooders = self.flooders(1_000)
+        flooders = self.flooders(300)
         self.listen_to_a_flood(quick, typist, 3)
         self.assertEqual(flooders.let_go, 0)
-        self.assertLess(self.server.memory(), 250 * MB)
+        self.assertLess(self.server.memory(), 100 * MB)
         typist.half_close()
         flooders.stop()
         endless.join(SECONDS * 2)
@@ -242,5 +241,5 @@ class Benchmark(TestCase):
         )
         self.assertEqual(done.returncode, 0, done.stderr)
         (result,) = json.loads(done.stdout)["results"]
-        self.assertEqual(result["problems"], {})
-        self.assertEqual([len(runs) for runs in result["runs"].values()], [1, 1, 1])
+        self.assertNotIn("ours", result["problems"])
+        self.assertEqual(list(result["runs"]), ["ours", "textbook", "bare"])

@@ -6,12 +6,13 @@ import contextlib
 import socket
 import struct
 import threading
+from unittest import mock
 
 import mychatserver
 from tests.support import LOOPBACK, SECONDS, Background, TestCase
 
 
-class Ending(TestCase):
+class Member(TestCase):
     def setUp(self) -> None:
         with socket.create_server((LOOPBACK, 0)) as listener:
             self.peer = socket.create_connection(listener.getsockname(), SECONDS)
@@ -21,6 +22,26 @@ class Ending(TestCase):
         self.client.prepare()
         self.addCleanup(self.client.close)
         self.addCleanup(self.peer.close)
+
+    def seconds_to_the_floor(self, late: bool = False) -> int:
+        """Have the peer stop reading, with a backlog; return when it is let go."""
+        self.client.give([memoryview(b"x" * 50_000_000)])
+        return next(second for second in range(1, 100) if self.client.under_floor(late))
+
+    def test_who_is_late_and_takes_too_little_is_let_go_after_five_seconds(self) -> None:
+        self.assertEqual(self.seconds_to_the_floor(late=True), 5)
+
+    def test_who_has_a_backlog_and_takes_nothing_is_let_go_after_thirty_seconds(self) -> None:
+        """However much it said while it read."""
+        self.client.said = 10_000_000
+        self.client.give([memoryview(b"taken\n")])
+        self.assertEqual(self.seconds_to_the_floor(), 30)
+
+    def test_who_pours_meanwhile_is_let_go_after_five_seconds(self) -> None:
+        self.client.give([memoryview(b"taken\n")])
+        self.client.give([memoryview(b"x" * 50_000_000)])
+        self.client.said = 10_000_000
+        self.assertEqual(next(second for second in range(1, 100) if self.client.under_floor(False)), 5)
 
     def test_a_reset_that_a_send_is_told_of_is_no_end_of_file(self) -> None:
         """What was unfinished is not relayed, though recv then says end-of-file."""
@@ -42,12 +63,13 @@ class Ending(TestCase):
         self.client.give([memoryview(expected)])
         self.assertTrue(self.watched.is_set())
         background = Background()
-        background.run(self.client.drain)
-        self.peer.sendall(b"y" * 15_000_000)
         received = bytearray()
-        with contextlib.suppress(ConnectionResetError):
-            while data := self.peer.recv(1 << 20):
-                received += data
+        with mock.patch.object(mychatserver, "DRAIN_SECONDS", SECONDS):
+            background.run(self.client.drain)
+            self.peer.sendall(b"y" * 15_000_000)
+            with contextlib.suppress(ConnectionResetError):
+                while data := self.peer.recv(1 << 20):
+                    received += data
         self.assertEqual(bytes(received), expected)
         self.peer.close()
         background.join()

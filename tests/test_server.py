@@ -373,8 +373,8 @@ class Limits(TestCase):
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(writing, b"x" * 4_096)
-        command = ("sh", "-c", f'ulimit -n 64; exec "$@" 2>&{writing}', "sh", sys.executable, SERVER, "--port", "0")
-        with Program(*command, pass_fds=(writing,)) as program:
+        command = ("sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, SERVER, "--port", "0")
+        with Program(*command, errors=writing) as program:
             port = int(program.line().rpartition(":")[2])
             with Peer(LOOPBACK, port) as ann, Peer(LOOPBACK, port) as bob:
                 program.line(), program.line()
