@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib
 import io
 import ipaddress
 import os
@@ -28,6 +29,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 
 if sys.platform != "win32":
@@ -46,6 +48,9 @@ READ_BYTES = 65_536  # read at once, from the connection and from a pipe
 MAX_LINE_BYTES = 262_144  # shown as one line: more than a chat server sends, and a bound for any other
 SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has finished its line
 LEAVE_SECONDS = 1.0  # for the server to close, after a person has typed exit
+COLOURS = 31, 32, 34, 35, 36  # of labels: what can be read on dark and on light
+RL_STATE_CALLBACK = 0x80000  # a line is being edited: readline.h
+RL_STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
 INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
 
@@ -71,36 +76,212 @@ def clean(block: bytes) -> bytes:
 # --- The screen: everything that is shown goes through here -----------------------------------------------------------
 
 
-class Screen:
-    """Owns standard output. Its methods may be called from any thread, and block while that does."""
+class Style:
+    """How a line that came is shown: as it is, or with colour, or with the time."""
 
-    def __init__(self) -> None:
+    def __init__(self, colour: bool, clock: bool) -> None:
+        self._colour = colour
+        self._clock = clock
+
+    def rows(self, block: bytes) -> bytes:
+        """Return the lines of ``block`` with an empty row before each."""
+        if not (self._colour or self._clock):
+            return b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n"
+        now = time.strftime("%H:%M ").encode() if self._clock else b""
+        return b"".join(b"\n" + now + self._coloured(line) + b"\n" for line in block[:-1].split(b"\n"))
+
+    def _coloured(self, line: bytes) -> bytes:
+        label, colon, text = line.partition(b":")
+        if not self._colour:
+            return line
+        if line.startswith(b"* "):
+            return b"\x1b[2m" + line + b"\x1b[m"
+        if not colon or b" " in label:
+            return line
+        return b"\x1b[%dm" % COLOURS[zlib.crc32(label) % len(COLOURS)] + label + b"\x1b[m:" + text
+
+
+class Screen:
+    """Owns standard output, and what is typed. Any thread may show something, and blocks while standard output does."""
+
+    def __init__(self, style: Style) -> None:
         self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written,
         self.problem = ""  # as on a full disk, for this reason
+        self._style = style
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
         self._lock = threading.Lock()  # one message at a time
 
     def show(self, block: bytes) -> None:
         """Show whole lines that came from the server, below an empty row each."""
-        self._write(b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n")
+        with self._lock:
+            self._write(self._style.rows(block))
 
     def say(self, text: str) -> None:
         """Show a line of our own."""
-        self._write(f"{text}\n".encode())
+        with self._lock:
+            self._write(f"{text}\n".encode())
+
+    def draw(self) -> None:
+        """Show what another thread wants shown, if only the main thread can."""
+
+    def line(self) -> str:
+        """Return the next line that a person enters. Blocks; raises EOFError at Ctrl-D."""
+        return input()
+
+    def leave_line(self, ctrl_c: bool) -> None:
+        """Begin a new row below what is half-typed, as far as that is known: after ``ctrl_c`` the row has a ^C."""
+        if ctrl_c and os.isatty(1):
+            self.say("")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
-        with self._lock:
+        try:
+            while rest:
+                if sys.platform != "win32":
+                    os.set_blocking(1, True)  # it may be shared with a program that sets it otherwise
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError as error:
+            self.gone = True
+            if error.errno not in (errno.EPIPE, errno.EINVAL):  # the reader has left; on Windows it is EINVAL
+                self.problem = error.strerror or str(error)
+
+
+if sys.platform != "win32":
+
+    class LineEditor(Screen):
+        """A terminal with GNU readline, on which what comes is shown above the half-typed line, and never in it.
+
+        Only the main thread draws. The receive thread leaves a block and sends the main thread a signal, for which
+        ``draw`` is called. While a person types, the main thread waits in select() inside of readline; a signal
+        interrupts that, and CPython calls its handler there, between two keystrokes, when readline's state is whole.
+        So ``draw`` may have readline take its line off the screen, write, and have it draw the line again. While a
+        send blocks, the signal interrupts the send; at any other time ``draw`` is called between two steps of the
+        main thread's own.
+        """
+
+        def __init__(self, style: Style) -> None:
+            super().__init__(style)
+            import ctypes
+            import readline
+
+            self._readline = ctypes.CDLL(readline.__file__)  # its symbols are found through the module
+            integer = ctypes.c_int.in_dll
+            self._end, self._point = integer(self._readline, "rl_end"), integer(self._readline, "rl_point")
+            self._state = ctypes.c_ulong.in_dll(self._readline, "rl_readline_state")
+            readline.parse_and_bind("set enable-bracketed-paste off")
+            readline.parse_and_bind("set disable-completion on")
+            self._as_it_was = termios.tcgetattr(0)
+            # Once, now, and no more: between two lines, where readline would reset the terminal, the kernel would echo
+            # what is typed or pasted, and readline show it again.
+            self._readline.rl_prep_terminal(1)
+            for name in ("rl_prep_term_function", "rl_deprep_term_function"):
+                ctypes.c_void_p.in_dll(self._readline, name).value = None
+            self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
+            self._shown = threading.Event()
+            self._drawing = False  # the main thread is in the middle of writing
+            signal.signal(signal.SIGTSTP, self._suspend)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, self._die)
+
+        # Runs in the receive thread
+
+        def show(self, block: bytes) -> None:
+            """Have whole lines shown that came from the server; block until the main thread has done it."""
+            self._shown.clear()
+            self._block = block
+            while True:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+                if self._shown.wait(
+                    INTERRUPT_SECONDS
+                ):  # else it came just before a wait began, or in the middle of draw
+                    return
+
+        # Runs in the main thread
+
+        def draw(self) -> None:
+            """Show the block that the receive thread has left, if any. Called from the signal's handler."""
+            if self._drawing or not self._block:
+                return
+            self._drawing = True
             try:
-                while rest:
-                    if sys.platform != "win32":
-                        os.set_blocking(1, True)  # it may be shared with a program that sets it otherwise
-                    rest = rest[self._file.write(rest) or 0 :]
-            except OSError as error:
-                self.gone = True
-                if error.errno not in (errno.EPIPE, errno.EINVAL):  # the reader has left; on Windows it is EINVAL
-                    self.problem = error.strerror or str(error)
+                half_typed = self._half_typed()
+                if half_typed:
+                    self._readline.rl_clear_visible_line()
+                self._write(self._style.rows(self._block))
+                if half_typed:
+                    self._draw_line()
+                self._block = b""
+            finally:
+                self._drawing = False
+            self._shown.set()
+
+        def say(self, text: str) -> None:
+            self._drawing = True
+            self._write(f"{text}\n".encode())
+            self._drawing = False
+
+        def line(self) -> str:
+            signal.siginterrupt(signal.SIGURG, False)  # or it would cut off readline's writing to a slow terminal
+            try:
+                text = input()
+            finally:
+                signal.siginterrupt(signal.SIGURG, True)
+            if not text:
+                self.say("")  # readline leaves the cursor on the row of an empty line without a prompt
+            return text
+
+        def leave_line(self, ctrl_c: bool) -> None:
+            if self._half_typed():
+                self._point.value = self._end.value
+                self._readline.rl_redisplay()
+                self.say("")
+
+        def close(self) -> None:
+            termios.tcsetattr(0, termios.TCSADRAIN, self._as_it_was)
+
+        def _suspend(self, number: int, _: object) -> None:
+            """Give the terminal to the shell and stop, as Ctrl-Z asks; go on where it was when continued."""
+            self._drawing = True  # what comes now waits, or it would be drawn before the line is back
+            prepared = termios.tcgetattr(0)
+            self.close()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            signal.signal(number, self._suspend)
+            termios.tcsetattr(0, termios.TCSADRAIN, prepared)
+            if self._half_typed():
+                self._draw_line()
+            self._drawing = False
+
+        def _die(self, number: int, _: object) -> None:
+            """End by the signal, with the terminal as it was."""
+            self.leave_line(False)
+            self.close()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+        def _half_typed(self) -> bool:
+            state = self._state.value
+            return bool(state & RL_STATE_CALLBACK and (self._end.value or state & RL_STATES_PENDING))
+
+        def _draw_line(self) -> None:
+            self._readline.rl_on_new_line()
+            self._readline.rl_redisplay()
+
+
+def screen_for(options: argparse.Namespace) -> Screen:
+    """Return the screen that suits the terminal, or the pipe, and the options."""
+    plain = options.plain or not (os.isatty(0) and os.isatty(1)) or os.environ.get("TERM", "dumb") == "dumb"
+    colour = not (plain or options.no_color or os.environ.get("NO_COLOR"))
+    style = Style(colour, options.time)
+    if not plain and sys.platform != "win32":
+        with contextlib.suppress(ImportError, AttributeError, OSError, ValueError, termios.error):  # no GNU readline
+            if "libedit" not in (importlib.import_module("readline").__doc__ or ""):
+                return LineEditor(style)
+    return Screen(style)
 
 
 # --- The connection: how to get one, and what comes from it -----------------------------------------------------------
@@ -196,13 +377,13 @@ def lines_to_show(blocks: Iterator[bytes]) -> Iterator[bytes]:
 # --- Input: what is typed or piped, up to exit or its end -------------------------------------------------------------
 
 
-def typed() -> Iterator[tuple[bytes, bool]]:
-    """Yield each line that a person enters, but blank ones, and whether it is ``exit``. Blocks in ``input()``."""
+def typed(screen: Screen) -> Iterator[tuple[bytes, bool]]:
+    """Yield each line that a person enters, but blank ones, and whether it is ``exit``. Blocks."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
     with contextlib.suppress(EOFError, OSError):  # Ctrl-D, or the terminal is gone
         while True:
-            line = input()
+            line = screen.line()
             words = line.strip("\t ")
             if words:
                 yield f"{line}\n".encode("utf-8", "replace"), words == "exit"
@@ -280,9 +461,10 @@ class Conversation:
 
     def _send_input(self) -> None:
         try:
-            for data, self._leaving in typed() if os.isatty(0) else piped():
+            for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
+                self._leaving = is_exit
                 self._sock.sendall(data)
-                if self._leaving:
+                if is_exit:
                     break
             self._leaving = True
             self._sock.shutdown(socket.SHUT_WR)
@@ -299,9 +481,11 @@ class Conversation:
             signal.raise_signal(signal.SIGURG)
 
     def _on_interrupt(self, *_: object) -> None:
+        self._screen.draw()
         if self._waiting and (self._ctrl_c or self._received_all):
             self._waiting = False  # once is enough
             self._done_waiting = True
+            self._screen.leave_line(self._ctrl_c)
             raise Interrupted
 
     # Runs in the receive thread
@@ -336,8 +520,7 @@ class Conversation:
         """Say how the conversation ended; return the exit status."""
         if self._ctrl_c:
             if not self._receiver.is_alive():  # else it is stuck in showing something, and so would this be
-                # In a terminal the row has ^C, and perhaps a half-typed line.
-                self._screen.say(f"\n{FAREWELL}" if os.isatty(1) else FAREWELL)
+                self._screen.say(FAREWELL)
             return 130
         if self._screen.gone:
             if self._screen.problem:
@@ -398,6 +581,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "port", nargs="?", type=port_number, default=DEFAULT_PORT, help="its port (default: %(default)s)"
     )
+    parser.add_argument("--time", action="store_true", help="show when each line came (default: do not)")
+    parser.add_argument("--no-color", action="store_true", help="show no colours (default: show them in a terminal)")
+    parser.add_argument(
+        "--plain", action="store_true", help="only add to the screen, for screen readers (default: off)"
+    )
     parser.add_argument("--version", action="version", version=f"mychatclient {__version__}")
     options = parser.parse_args(argv)
     if options.host.isdigit():
@@ -421,7 +609,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             warn(connecting_problem(error, options.host, options.port))
             forget_typed()
             return 1
-        return Conversation(sock, Screen()).run()
+        screen = screen_for(options)  # from here on a signal may find it
+        try:
+            return Conversation(sock, screen).run()
+        finally:
+            screen.close()
     except KeyboardInterrupt:
         return 130
 

@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ LOOPBACK = "127.0.0.1"
 TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 class Overdue(AssertionError):
@@ -313,28 +315,34 @@ class Peer:
 
 
 class Terminal:
-    """A program in a pseudo-terminal of its own, 80 columns wide."""
+    """A program in a pseudo-terminal of its own."""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, rows: int = 24, columns: int = 80) -> None:
         self._master, slave = pty.openpty()
         self.before = termios.tcgetattr(slave)
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\0\x50\0\0\0\0\0")
         self._slave = slave
+        self.resize(rows, columns)
         self.process = subprocess.Popen(
             [sys.executable, "-c", TAKE_TERMINAL, *command],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            env={**os.environ, "TERM": "xterm"},
         )
         self.output = b""
 
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
     def type(self, text: str | bytes) -> None:
-        os.write(self._master, text.encode() if isinstance(text, str) else text)
+        rest = text.encode() if isinstance(text, str) else text
+        while rest:
+            rest = rest[os.write(self._master, rest) :]
 
     def screen(self) -> str:
-        """Return all that was shown, with plain newlines."""
-        return self.output.decode().replace("\r\n", "\n")
+        """Return all that was shown, with plain newlines, without colours."""
+        return COLOURS.sub("", self.output.decode().replace("\r\n", "\n"))
 
     def wait_for(self, text: str, seconds: float = SECONDS) -> None:
         """Wait until the screen ends with ``text``."""
@@ -371,7 +379,7 @@ class Terminal:
         except BlockingIOError:
             return b""
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -40,9 +40,9 @@ def client(port: int) -> Program:
     return Program(sys.executable, CLIENT, LOOPBACK, str(port), keep_input=True)
 
 
-def in_terminal(port: int) -> Terminal:
+def in_terminal(port: int, *options: str) -> Terminal:
     """Return a client that has greeted in a terminal."""
-    terminal = Terminal(sys.executable, CLIENT, LOOPBACK, str(port))
+    terminal = Terminal(sys.executable, CLIENT, *options, LOOPBACK, str(port))
     terminal.wait_for(f"{GREETING}\n")
     return terminal
 
@@ -295,30 +295,35 @@ class OtherServers(TestCase):
 
 
 class Terminals(TestCase):
+    """With GNU readline."""
+
+    options: tuple[str, ...] = ()
+    row_after_ctrl_c = ""
+
     def ends(self, terminal: Terminal, status: int, screen: str) -> None:
         self.assertEqual(terminal.wait(), status)
         self.assertEqual(terminal.screen(), screen)
         self.assertEqual(terminal.attributes(), terminal.before)
 
     def test_ctrl_d_leaves(self) -> None:
-        with Server() as server, in_terminal(server.port) as terminal:
+        with Server() as server, in_terminal(server.port, *self.options) as terminal:
             terminal.type("\x04")
             self.ends(terminal, 0, f"{GREETING}\n{FAREWELL}\n")
 
     def test_ctrl_c(self) -> None:
-        with Server() as server, in_terminal(server.port) as terminal:
+        with Server() as server, in_terminal(server.port, *self.options) as terminal:
             terminal.type("\x03")
-            self.ends(terminal, 130, f"{GREETING}\n^C\n{FAREWELL}\n")
+            self.ends(terminal, 130, f"{GREETING}\n{self.row_after_ctrl_c}{FAREWELL}\n")
 
     def test_the_servers_end_ends_a_blocked_input(self) -> None:
-        with Server() as server, in_terminal(server.port) as terminal:
+        with Server() as server, in_terminal(server.port, *self.options) as terminal:
             server.stop()
             self.assertEqual(terminal.wait(), 1)
             self.assertRegex(terminal.screen(), rf"^{GREETING}\nConnection lost: [^\n]+\n{FAREWELL}\n$")
             self.assertEqual(terminal.attributes(), terminal.before)
 
     def test_half_typed_text_is_not_left_for_the_shell(self) -> None:
-        with Server() as server, in_terminal(server.port) as terminal:
+        with Server() as server, in_terminal(server.port, *self.options) as terminal:
             terminal.type("rm -rf x")
             terminal.wait_for("rm -rf x")
             server.stop()
@@ -328,7 +333,7 @@ class Terminals(TestCase):
     def test_a_terminal_to_type_in_and_nothing_to_show_on(self) -> None:
         for closed in (">&-", "2>&-", ">&- 2>&-"):
             with self.subTest(closed=closed), Server() as server, server.peer() as ann:
-                arguments = ("sh", sys.executable, CLIENT, LOOPBACK, str(server.port))
+                arguments = ("sh", sys.executable, CLIENT, *self.options, LOOPBACK, str(server.port))
                 with Terminal("/bin/sh", "-c", f'exec "$@" {closed}', *arguments) as terminal:
                     server.line()
                     terminal.type("hello\nexit\n")
@@ -336,18 +341,74 @@ class Terminals(TestCase):
                     self.assertEqual(terminal.wait(), 0)
 
     def test_bytes_that_are_no_text_arrive_as_replacements(self) -> None:
-        with Server() as server, server.peer() as ann, in_terminal(server.port) as terminal:
+        with Server() as server, server.peer() as ann, in_terminal(server.port, *self.options) as terminal:
             terminal.type(b"a\xffb\n")
             self.assertTrue(ann.line().endswith("a\ufffdb".encode()))
             terminal.type("exit\n")
             self.assertEqual(terminal.wait(), 0)
 
     def test_blank_lines_are_not_sent(self) -> None:
-        with Server() as server, server.peer() as ann, in_terminal(server.port) as terminal:
+        with Server() as server, server.peer() as ann, in_terminal(server.port, *self.options) as terminal:
             terminal.type("\n \t \nwords\n  exit \n")
             self.assertEqual(terminal.wait(), 0)
             self.assertTrue(ann.line().endswith(b":words"))
             self.assertIn(f"{GREETING}\n\n", terminal.screen())
+
+
+class PlainTerminals(Terminals):
+    """Without: where the kernel echoes what is typed."""
+
+    options = ("--plain",)
+    row_after_ctrl_c = "^C\n"
+
+
+class Looks(TestCase):
+    LINES = b"54358:Hi!\n54383:* not a notice\n* 54358 is now ann\n54358:again\nno label\n"
+
+    def test_as_it_is(self) -> None:
+        self.assertEqual(mychatclient.Style(False, False).rows(b"a:b\nc\n"), b"\na:b\n\nc\n")
+
+    def test_a_label_has_a_colour_of_its_own_and_notices_are_dim(self) -> None:
+        rows = mychatclient.Style(True, False).rows(self.LINES).split(b"\n")[1::2]
+        colour = rows[0].partition(b"54358")[0]
+        self.assertRegex(colour, rb"^\x1b\[3[1-6]m$")
+        self.assertEqual(rows[0], colour + b"54358\x1b[m:Hi!")
+        self.assertEqual(rows[3], colour + b"54358\x1b[m:again")
+        self.assertTrue(rows[1].endswith(b"54383\x1b[m:* not a notice"))
+        self.assertEqual(rows[2], b"\x1b[2m* 54358 is now ann\x1b[m")
+        self.assertEqual(rows[4], b"no label")
+
+    def test_the_time(self) -> None:
+        rows = mychatclient.Style(False, True).rows(b"54358:Hi!\n")
+        self.assertRegex(rows, rb"^\n\d\d:\d\d 54358:Hi!\n$")
+
+    def test_when_there_is_colour(self) -> None:
+        for options, environment, expected in (
+            ((), {}, True),
+            (("--no-color",), {}, False),
+            (("--plain",), {}, False),
+            ((), {"NO_COLOR": "1"}, False),
+            ((), {"TERM": "dumb"}, False),
+        ):
+            with self.subTest(options=options, environment=environment), Server() as server:
+                settings = [f"{name}={value}" for name, value in environment.items()]
+                command = ["/usr/bin/env", *settings, sys.executable, CLIENT, *options, LOOPBACK, str(server.port)]
+                with Terminal(*command) as terminal:
+                    terminal.wait_for(f"{GREETING}\n")
+                    server.line()  # it is in
+                    ann = server.peer()
+                    self.addCleanup(ann.close)
+                    ann.say("Hi!")
+                    terminal.wait_for(f"{ann.label}:Hi!\n")
+                    self.assertEqual(b"\x1b[" in terminal.output, expected)
+
+    def test_a_pipe_has_no_colour(self) -> None:
+        with Server() as server, client(server.port) as program:
+            program.expect(GREETING)
+            server.line()  # it is in
+            with server.peer() as ann:
+                ann.say("Hi!")
+                program.expect("", f"{ann.label}:Hi!")
 
 
 class Connecting(TestCase):

@@ -75,18 +75,24 @@ class ReferenceConversation(TestCase):
 
     def test_the_reference_conversation(self) -> None:
         """Server and all three screens match to the letter, but for the ports, which the system gives."""
+        for options in ((), ("--plain",)):
+            with self.subTest(options=options):
+                self.converse(*options)
+
+    def converse(self, *options: str) -> None:
         with Server() as server:
             terminals: list[Terminal] = []
             ports = {"12000": str(server.port)}
             try:
                 for port in ("54358", "54383", "54396"):
-                    terminals.append(Terminal(sys.executable, CLIENT, LOOPBACK, str(server.port)))
+                    terminals.append(Terminal(sys.executable, CLIENT, *options, LOOPBACK, str(server.port)))
                     terminals[-1].wait_for("Type 'exit' to leave.\n")
                     ports[port] = server.line().rpartition(" ")[2].rstrip(")")
                 labels = list(ports.values())[1:]
                 for speaker, text in SAID:
+                    shown = terminals[speaker].screen()
                     terminals[speaker].type(f"{text}\n")
-                    terminals[speaker].wait_for(f"{text}\n")
+                    terminals[speaker].wait_for(f"{shown}{text}\n")
                     for listener in {0, 1, 2} - {speaker} if text else ():
                         terminals[listener].wait_for(f"\n{labels[speaker]}:{text}\n")
                 for terminal in terminals:

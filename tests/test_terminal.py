@@ -1,0 +1,330 @@
+"""The client in a terminal: what comes never harms what is being typed. A terminal emulator, pyte, is the judge."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import unittest
+from collections.abc import Iterator
+from unittest import mock
+
+from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase
+
+# A short form runs without it, in tests.test_client and tests.test_reference.
+NEEDS_PYTE = unittest.skipUnless(importlib.util.find_spec("pyte"), "needs pyte: pip install -e '.[dev]'")
+GREETING = "Connected to chat server. Type 'exit' to leave."
+LEFT, HOME, SEARCH = "\x1b[D", "\x01", "\x12"
+
+HALF_TYPED = {
+    "short": "half a li",
+    "cursor in the middle": "half a li" + LEFT * 4,
+    "cursor at the start": "half a li" + HOME,
+    "two rows": "abcdefghi " * 5,
+    "three rows, cursor in the second": "abcdefghi " * 9 + LEFT * 30,
+    "two rows, cursor at the start": "abcdefghi " * 5 + HOME,
+    "just one row": "x" * 40,
+    "just two rows": "x" * 80,
+    "wide characters": "你好世界" * 3,
+    "wide characters in two rows": "你好世界" * 6 + LEFT * 3,
+    "a wide character at the edge": "x" * 39 + "好y",
+    "combining marks": "e\u0301a\u0308o" * 5,
+    "a search": "first words\r" + SEARCH + "wor",
+    "a search without a find": "first words\r" + SEARCH + "zzz",
+    "a repeat count": "abc\x1b4",
+    "blanks": "   ",
+    "a blank at the edge": "x" * 39 + " ",
+}
+MESSAGES = {
+    "one line": ["54358:Hi!"],
+    "more than a row": ["54358:" + "word " * 20],
+    "three lines": ["54358:one", "54383:two", "* three"],
+    "more than the screen": [f"54358:{number}" for number in range(12)],
+    "wide characters": ["54358:你好" * 12],
+}
+
+
+class Judged(Terminal):
+    """A client in a terminal whose screen an emulator keeps; the test is its server."""
+
+    def __init__(self, rows: int, *options: str, columns: int = 40) -> None:
+        import pyte
+
+        self.emulator = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self.emulator)
+        self._fed = 0  # so much of the output
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8_192)  # soon full, if a test does not read
+            port = listener.getsockname()[1]
+            super().__init__(sys.executable, CLIENT, *options, LOOPBACK, str(port), rows=rows, columns=columns)
+            self.server, _ = listener.accept()
+        self.server.settimeout(SECONDS)
+        self.wait_for(GREETING + "\n")
+
+    def shows(self) -> tuple[list[str], tuple[int, int]]:
+        """Return the rows and the cursor's place."""
+        self._stream.feed(self.output[self._fed :])
+        self._fed = len(self.output)
+        return [row.rstrip() for row in self.emulator.display], (self.emulator.cursor.y, self.emulator.cursor.x)
+
+    def settle(self) -> tuple[list[str], tuple[int, int]]:
+        """Return what is shown when nothing has come for a while."""
+        while self._read(0.15):
+            pass
+        return self.shows()
+
+    def becomes(self, expected: object) -> bool:
+        """Whether the screen becomes this in time."""
+        deadline = time.monotonic() + 5
+        while self.shows() != expected:
+            if not self._read(deadline - time.monotonic()):
+                return False
+        return True
+
+    def say(self, lines: list[str]) -> None:
+        self.server.sendall("".join(f"{line}\n" for line in lines).encode())
+
+    def heard(self) -> str:
+        """Return the next line that the client has sent."""
+        data = b""
+        while not data.endswith(b"\n"):
+            data += self.server.recv(1)
+        return data[:-1].decode()
+
+    def __exit__(self, *_: object) -> None:
+        self.server.close()
+        super().__exit__()
+
+
+@NEEDS_PYTE
+class HalfTyped(TestCase):
+    """The screen is the one that "message first, then the typing" gives, cursor and all."""
+
+    def compare(self, typed: str, messages: list[str], rows: int) -> None:
+        """Fail unless the order of message and typing makes no difference, also after one more key."""
+        before, _, half = typed.rpartition("\r")
+        with Judged(rows, "--no-color") as first, Judged(rows, "--no-color") as other:
+            for terminal in (first, other):
+                if before:
+                    terminal.type(before + "\r")
+                    self.assertEqual(terminal.heard(), before)
+                    terminal.settle()
+            first.say(messages)
+            first.wait_for(messages[-1] + "\n")
+            first.type(half)
+            expected = first.settle()
+            other.type(half)
+            other.settle()
+            other.say(messages)
+            self.assertTrue(other.becomes(expected), f"\n{expected}\n{other.shows()}")
+            for terminal in (first, other):
+                terminal.type("z")
+            expected = first.settle()
+            self.assertTrue(other.becomes(expected), f"after a key\n{expected}\n{other.shows()}")
+
+    def test_every_shape(self) -> None:
+        for shape, typed in HALF_TYPED.items():
+            with self.subTest(shape=shape):
+                self.compare(typed, MESSAGES["one line"], 10)
+
+    def test_every_message(self) -> None:
+        for name, messages in MESSAGES.items():
+            for rows in (4, 10):
+                with self.subTest(message=name, rows=rows):
+                    self.compare("abcdefghi " * 5 + LEFT * 15, messages, rows)
+
+
+@NEEDS_PYTE
+class Typing(TestCase):
+    def test_nothing_half_typed_is_the_reference(self) -> None:
+        with Judged(10, "--no-color") as client:
+            client.type("Hi!\r")
+            self.assertEqual(client.heard(), "Hi!")
+            client.say(["54383:Hello! "])
+            client.wait_for("54383:Hello! \n")
+            client.type("\r")
+            client.settle()
+            client.say(["54396:How are you guys doing?"])
+            client.wait_for("doing?\n")
+            self.assertEqual(client.screen(), f"{GREETING}\nHi!\n\n54383:Hello! \n\n\n54396:How are you guys doing?\n")
+
+    def test_a_paste_of_five_hundred_lines_is_sent_in_order_and_shown_once(self) -> None:
+        lines = [f"pasted line {number}" for number in range(500)]
+        with Judged(10, "--no-color") as client:
+            background = Background()
+            background.run(client.type, "".join(f"{line}\r" for line in lines))
+            received: list[str] = []
+
+            def receive() -> None:
+                received.extend(client.heard() for _ in lines)
+
+            background.run(receive)
+            client.wait_for(f"{lines[-1]}\n")
+            background.join()
+            self.assertEqual(received, lines)
+            self.assertEqual(client.screen(), GREETING + "\n" + "".join(f"{line}\n" for line in lines))
+
+    def test_a_flood_while_someone_types_and_edits(self) -> None:
+        """On a terminal that reads slowly: what is typed is sent as it was typed, every message is whole."""
+        with Judged(12, "--no-color") as client:
+            background = Background()
+            messages = [f"54358:message {number} of a flood" for number in range(2_000)]
+
+            def flood() -> None:
+                for start in range(0, len(messages), 10):
+                    client.say(messages[start : start + 10])
+                    time.sleep(0.01)  # a thousand a second
+
+            background.run(flood)
+            sent = []
+            for number in range(25):
+                for key in f"line {number}x\x7f" + LEFT * 2 + "\x04" + "\x05":
+                    client.type(key)
+                    client._read(0.01)
+                client.type("\r")
+                text = f"line {number}"
+                sent.append(text[:-2] + text[-1:])
+            received: list[str] = []
+            background.run(lambda: received.extend(client.heard() for _ in sent))
+            client.wait_for(messages[-1] + "\n")
+            background.join()
+            self.assertEqual(received, sent)
+            shown = [row for row in client.screen().split("\n") if row.startswith("54358:")]
+            self.assertEqual(shown, messages)
+
+    def test_history_and_editing_keys(self) -> None:
+        with Judged(10, "--no-color") as client:
+            for typed, expected in (
+                ("one two\r", "one two"),
+                ("\x1b[A\r", "one two"),
+                ("three\x01four \x05!\r", "four three!"),
+                ("one two\x17three\r", "one three"),
+                ("gone\x15kept\r", "kept"),
+                ("kept gone\x1bb\x0b\r", "kept "),
+                ("\x12four\r\r", "four three!"),
+                ("a\tb\r", "a\tb"),
+            ):
+                with self.subTest(typed=typed):
+                    client.type(typed)
+                    self.assertEqual(client.heard(), expected)
+
+    def test_vi_mode_of_the_users_inputrc(self) -> None:
+        with inputrc("set editing-mode vi\n"), Judged(10, "--no-color") as client:
+            client.type("one two\x1b")
+            client.settle()
+            client.type("0cwthree\x1b")
+            client.settle()
+            client.type("\r")
+            self.assertEqual(client.heard(), "three two")
+
+    def test_a_resize_keeps_the_line(self) -> None:
+        with Judged(10, "--no-color") as client:
+            client.type("half a line")
+            client.settle()
+            client.resize(10, 30)
+            client.emulator.resize(10, 30)
+            client.settle()
+            client.say(["54358:Hi!"])
+            client.settle()
+            self.assertEqual([row for row in client.shows()[0] if row][-2:], ["54358:Hi!", "half a line"])
+            client.type("\r")
+            self.assertEqual(client.heard(), "half a line")
+
+
+@contextlib.contextmanager
+def inputrc(text: str) -> Iterator[None]:
+    """Have readline read this as the user's settings."""
+    with tempfile.NamedTemporaryFile("w", suffix=".inputrc") as file:
+        file.write(text)
+        file.flush()
+        with mock.patch.dict(os.environ, {"INPUTRC": file.name}):
+            yield
+
+
+@NEEDS_PYTE
+class Endings(TestCase):
+    def ends(self, client: Judged, status: int, last: str) -> None:
+        self.assertEqual(client.wait(), status)
+        rows = [row for row in client.screen().split("\n") if row]
+        self.assertIn("half a li", rows)
+        self.assertEqual(rows[-1], last)
+        self.assertEqual(client.attributes(), client.before)
+
+    def half_typed(self) -> Judged:
+        client = Judged(10, "--no-color")
+        self.addCleanup(client.__exit__)
+        client.type("half a li")
+        client.settle()
+        return client
+
+    def test_ctrl_c(self) -> None:
+        client = self.half_typed()
+        client.type("\x03")
+        self.ends(client, 130, "Disconnected from server")
+
+    def test_the_servers_death(self) -> None:
+        client = self.half_typed()
+        client.server.close()
+        self.ends(client, 1, "Disconnected from server")
+        self.assertEqual(client.screen().count("Connection lost"), 1)
+
+    def test_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            with self.subTest(number=number):
+                client = self.half_typed()
+                client.process.send_signal(number)
+                self.ends(client, -number, "half a li")
+
+    def test_ctrl_d_and_exit(self) -> None:
+        for typed in ("\x04", "exit\r"):
+            with self.subTest(typed=typed), Judged(10, "--no-color") as client:
+                client.type(typed)
+                while client.server.recv(100):
+                    pass
+                client.server.close()
+                self.assertEqual(client.wait(), 0)
+                self.assertTrue(client.screen().endswith("Disconnected from server\n"))
+                self.assertEqual(client.attributes(), client.before)
+
+    def test_ctrl_c_while_the_server_does_not_take_what_is_sent(self) -> None:
+        """What comes is still shown."""
+        with Judged(10, "--no-color") as client:
+            with contextlib.suppress(Overdue):  # not shown any more: the line before is being sent
+                for number in range(10_000):
+                    client.type(f"{number:1000}\r")
+                    client.wait_for(f"{number}\n", seconds=2)
+            client.say(["54358:Hi!"])
+            client.wait_for("54358:Hi!\n")
+            client.type("\x03")
+            self.assertEqual(client.wait(), 130)
+            self.assertEqual(client.attributes(), client.before)
+
+    def test_ctrl_z_and_fg_under_a_shell(self) -> None:
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            port = listener.getsockname()[1]
+            with (
+                inputrc("set enable-bracketed-paste off\n"),
+                Terminal("/bin/bash", "--norc", "--noprofile", "-i") as shell,
+            ):
+                shell.type("PS1='$ '\r")
+                shell.wait_for("$ ")
+                shell.type(f"{sys.executable} {CLIENT} --no-color {LOOPBACK} {port}\r")
+                server, _ = listener.accept()
+                with server:
+                    shell.wait_for(GREETING + "\n")
+                    shell.type("half a li")
+                    shell.wait_for("half a li")
+                    shell.type("\x1a")
+                    shell.wait_for("$ ")
+                    server.sendall(b"54358:meanwhile\n")
+                    shell.type("stty -a | tr ' ;' '\\n\\n' | grep -x -e echo -e icanon | sort | tr '\\n' '+'\r")
+                    shell.wait_for("echo+icanon+$ ")
+                    shell.type("fg\r")
+                    shell.wait_for("54358:meanwhile\nhalf a li")
+                    shell.type("ne\r")
+                    self.assertEqual(server.recv(100), b"half a line\n")
