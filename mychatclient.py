@@ -194,7 +194,7 @@ if sys.platform != "win32":
             self._shown.clear()
             self._block = block
             while True:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+                interrupt_main_thread()
                 if self._shown.wait(
                     INTERRUPT_SECONDS
                 ):  # else it came just before a wait began, or in the middle of draw
@@ -327,6 +327,12 @@ class Interrupted(Exception):
     """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
 
 
+def interrupt_main_thread() -> None:
+    """Interrupt what the main thread waits in, so that Python calls the handlers of signals that have come."""
+    if sys.platform != "win32":
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+
+
 def received(sock: socket.socket, interrupt: socket.socket) -> Iterator[bytes]:
     """Yield what the server sends in blocks of whole lines, an unfinished last one at end-of-file.
 
@@ -342,8 +348,14 @@ def received(sock: socket.socket, interrupt: socket.socket) -> Iterator[bytes]:
         selector.register(interrupt, selectors.EVENT_READ)
         while True:
             ready = [key.fileobj for key, _ in selector.select(silence)]
-            if interrupt in ready and signal.SIGINT in interrupt.recv(READ_BYTES):
-                raise Interrupted
+            if interrupt in ready:
+                numbers = interrupt.recv(READ_BYTES)
+                if signal.SIGINT in numbers:
+                    raise Interrupted
+                if sys.platform != "win32" and numbers.strip(bytes([signal.SIGURG])):
+                    # One that came just before the main thread blocked has its handler wait for the next.
+                    time.sleep(INTERRUPT_SECONDS)
+                    interrupt_main_thread()
             if ready and sock not in ready:
                 continue
             data = sock.recv(READ_BYTES) if ready else b""
@@ -428,7 +440,7 @@ class Conversation:
         self._signals.setblocking(False)
         # Set by the main thread, where signal handlers run too.
         self._waiting = False  # for input, or for the server to close: may be interrupted
-        self._done_waiting = False
+        self._done_waiting = threading.Event()
         self._leaving = False  # so that the server's end-of-file is no surprise
         # Set by either.
         self._ctrl_c = False
@@ -454,7 +466,7 @@ class Conversation:
                 self._receiver.join(LEAVE_SECONDS if os.isatty(0) else None)
             finally:
                 self._waiting = False
-                self._done_waiting = True
+                self._done_waiting.set()
         except Interrupted:
             self._receiver.join(LEAVE_SECONDS)
         return self._farewell()
@@ -484,7 +496,7 @@ class Conversation:
         self._screen.draw()
         if self._waiting and (self._ctrl_c or self._received_all):
             self._waiting = False  # once is enough
-            self._done_waiting = True
+            self._done_waiting.set()
             self._screen.leave_line(self._ctrl_c)
             raise Interrupted
 
@@ -507,12 +519,12 @@ class Conversation:
             self._problem = f"{error.strerror}; check the network, and whether the server still runs."
         self._received_all = True
         if self._ctrl_c:
-            time.sleep(INTERRUPT_SECONDS)  # the main thread has most probably seen it
-        while not self._done_waiting:
+            self._done_waiting.wait(INTERRUPT_SECONDS)  # the main thread has most probably seen it
+        while not self._done_waiting.is_set():
             if sys.platform == "win32":  # where nothing ends a blocking input()
                 os._exit(self._farewell())
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
-            time.sleep(INTERRUPT_SECONDS)  # it may have come just before a blocking read: try again
+            interrupt_main_thread()
+            self._done_waiting.wait(INTERRUPT_SECONDS)  # it may have come just before a blocking read: try again
 
     # Runs in either
 

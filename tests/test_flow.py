@@ -149,28 +149,6 @@ class Flow(TestCase):
         self.background.join()
         background.join()
 
-    def test_a_hundred_long_lines_at_once_cost_a_slow_reader_nothing(self) -> None:
-        """Lines of the limit, of bytes that each become three: more than anybody's backlog may be, were it not for
-        the bound on what waits for its turn."""
-        slow, typist = self.peer(receive_buffer=65_536), self.peer()
-        shouters = [self.peer() for _ in range(110)]
-        endless = Background()
-        endless.run(typist.read_to_end)
-        for shouter in shouters:
-            endless.run(shouter.send, (b"\xff" * 65_535 + b"\n") * 2)
-            endless.run(shouter.read_to_end)
-        due = [shouter.label.encode() for shouter in shouters for _ in range(2)]
-        while due:
-            line = slow.line()  # this test is slower than 110 threads that throw away what they read
-            label, _, text = line.partition(b":")
-            self.assertTrue(text == "\ufffd".encode() * 65_535)
-            due.remove(label)
-        typist.say("still here?")
-        slow.expect(f"{typist.label}:still here?")
-        for peer in (typist, *shouters):
-            peer.half_close()
-        endless.join()
-
     def test_lines_of_one_letter_that_have_to_wait_take_no_more_memory_than_they_came_in(self) -> None:
         """And not five times as much, each with its label, while somebody is late."""
         pourer = self.peer()

@@ -1,4 +1,4 @@
-"""One client of the server, without a room: what its peer's end means, and what is sent at its own."""
+"""The server's parts without a server: one client, and what waits for its turn in the room."""
 
 from __future__ import annotations
 
@@ -6,10 +6,51 @@ import contextlib
 import socket
 import struct
 import threading
+from typing import Any, cast
 from unittest import mock
 
 import mychatserver
-from tests.support import LOOPBACK, SECONDS, Background, TestCase
+from tests.support import LOOPBACK, SECONDS, Background, TestCase, eventually
+
+
+class Quiet:
+    """A console that shows nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
+class Queue(TestCase):
+    """What waits for its turn."""
+
+    def test_lines_of_the_limit_do_not_pile_up_and_small_portions_pass(self) -> None:
+        """A hundred at once, of bytes that each become three: else they could be more than a backlog may be."""
+        room = mychatserver.Room(cast(Any, Quiet()), None, False)
+        room._members.clear()  # nobody hears anything: what is queued is what counts
+        background, clients, peers = Background(), [], []
+        for number in range(100):
+            sock, peer = socket.socketpair()
+            client = mychatserver.Client(sock, (LOOPBACK, 20_000 + number), lambda _: None)
+            room.join(client)
+            room._members.remove(client)
+            clients.append(client)
+            peers.append(peer)
+        line = "\ufffd".encode() * 65_536 + b"\n"
+        bound = mychatserver.QUEUE_BYTES
+        with room._turn:  # as in the middle of a round
+            for client in clients[1:]:
+                background.run(room.relay, client, line)
+            eventually(lambda: len(room._waiters) + len(room._queued) == 99)
+            self.assertGreater(room._queue_bytes, bound - 2 * len(line))
+            self.assertLessEqual(room._queue_bytes, bound)
+            background.run(room.relay, clients[0], b"a typed line\n")
+            eventually(lambda: clients[0] in room._queued)
+        background.join()
+        self.assertEqual((room._queue_bytes, len(room._queue), len(room._waiters)), (0, 0, 0))
+        self.assertEqual(sum(client.said for client in clients[1:]), 99 * (len("20000:") + len(line)))
+        for client, peer in zip(clients, peers):
+            client.close()
+            peer.close()
 
 
 class Member(TestCase):

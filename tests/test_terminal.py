@@ -189,11 +189,14 @@ class Typing(TestCase):
                 client.type("\r")
                 text = f"line {number}"
                 sent.append(text[:-2] + text[-1:])
+            client.type("half a li")
             received: list[str] = []
             background.run(lambda: received.extend(client.heard() for _ in sent))
-            client.wait_for(messages[-1] + "\n")
+            client.wait_for(f"{messages[-1]}\nhalf a li")
             background.join()
             self.assertEqual(received, sent)
+            rows, cursor = client.settle()
+            self.assertEqual((rows[-3:], cursor), (["", messages[-1], "half a li"], (11, 9)))
             shown = [row for row in client.screen().split("\n") if row.startswith("54358:")]
             self.assertEqual(shown, messages)
 
