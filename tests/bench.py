@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -147,8 +148,8 @@ class Served:
         with socket.socket() as free:
             free.bind((LOOPBACK, 0))
             self.port = free.getsockname()[1]
-        self._log = open(os.devnull, "wb")  # noqa: SIM115 - closed in close()
-        self.process = subprocess.Popen(rival.command(self.port), stdout=subprocess.PIPE, stderr=self._log)
+        command = rival.command(self.port)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.socks: list[socket.socket] = []
         try:
             if isinstance(rival, (Textbook, Bare)):
@@ -233,7 +234,6 @@ class Served:
             self.process.wait()
         assert self.process.stdout
         self.process.stdout.close()
-        self._log.close()
 
     def __enter__(self) -> Served:
         return self
@@ -347,7 +347,7 @@ def speak(rival: Rival, socks: Sequence[socket.socket], first: int, rate: float,
     for number in range(count):
         pause = start + number / rate - time.monotonic()
         if pause > 0:
-            time.sleep(pause)
+            time.sleep(pause)  # the pace is what is asked for
         turn, who = divmod(number, len(socks))
         line = b"%04d%07d%020d\n" % (first + who, turn, time.monotonic_ns())
         socks[who].sendall(rival.frame(line))
@@ -407,7 +407,7 @@ def record(sock: socket.socket, seconds: float, newlines: int = 0, pace: int = 0
     sock.settimeout(0.1)  # nobody else uses this connection meanwhile
     while time.monotonic() < deadline and (not newlines or count < newlines):
         if pace and size > pace * (time.monotonic() - started):
-            time.sleep(0.01)
+            time.sleep(0.01)  # likewise
             continue
         with contextlib.suppress(TimeoutError, socket.timeout, BlockingIOError):
             data = sock.recv(65_536 if pace else 1 << 20)
@@ -634,7 +634,7 @@ def hold(rival: Rival, clients: int) -> Figures:
         while thread_count(served) > threads:
             if time.monotonic() - started > GIVE_UP_SECONDS:
                 raise Failed("threads are left over")
-            time.sleep(0.02)
+            time.sleep(0.02)  # between looks at another process
         left = time.monotonic() - started
         return {
             "connect s": connected,
@@ -642,6 +642,11 @@ def hold(rival: Rival, clients: int) -> Figures:
             "leave s": left,
             "KiB/client after": (served.memory("VmRSS") - before) / clients / 1024,
         }
+
+
+def curve(clients: int, rival: Rival, quick: bool) -> Figures:
+    """Have everybody talk: the cost of a delivery should not rise with their number."""
+    return pour(rival, clients, clients, 20 if quick else 40)
 
 
 def thread_count(served: Served) -> int:
@@ -665,11 +670,8 @@ CELLS: dict[str, tuple[str, Cell]] = {
     "slow": ("1 pours 24 MB, 1 reads 2 MB/s, 1 types", lambda rival, quick: slow_reader(rival, 24, 2_000_000)),
     "hold": ("10,000 clients come and leave", lambda rival, quick: hold(rival, 10_000)),
 }
-for talkers in (125, 250, 500, 1_000):  # the cost of a delivery should not rise
-    CELLS[f"curve{talkers}"] = (
-        f"{talkers:,} clients, all send",
-        lambda rival, quick, talkers=talkers: pour(rival, talkers, talkers, 40),  # type: ignore[misc]  # mypy infers no type for a lambda with a default
-    )
+for talkers in (125, 250, 500, 1_000):
+    CELLS[f"curve{talkers}"] = f"{talkers:,} clients, all send", functools.partial(curve, talkers)
 QUICK = ("flood", "alltalk", "latency", "quiet")
 OURS_ALONE = ("hold", "curve125", "curve250", "curve500", "curve1000")
 
