@@ -137,6 +137,12 @@ class Screen:
     def close(self) -> None:
         """Leave the terminal as it was."""
 
+    def die(self, number: int, frame: object) -> None:
+        """End by a signal, at once, with the terminal as it was; a handler of signals."""
+        self.close()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
         try:
@@ -183,9 +189,14 @@ if sys.platform != "win32":
             self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
             self._shown = threading.Event()
             self._drawing = False  # the main thread is in the middle of writing
-            signal.signal(signal.SIGTSTP, self._suspend)
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, self._die)
+            for number, handler in (
+                (signal.SIGTSTP, self._suspend),
+                (signal.SIGTERM, self.die),
+                (signal.SIGHUP, self.die),
+                (signal.SIGQUIT, self.die),
+            ):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, handler)
 
         # Runs in the receive thread
 
@@ -214,15 +225,17 @@ if sys.platform != "win32":
                 self._write(self._style.rows(self._block))
                 if half_typed:
                     self._draw_line()
-                self._block = b""
             finally:
+                self._block = b""
                 self._drawing = False
-            self._shown.set()
+                self._shown.set()
 
         def say(self, text: str) -> None:
             self._drawing = True
-            self._write(f"{text}\n".encode())
-            self._drawing = False
+            try:
+                self._write(f"{text}\n".encode())
+            finally:
+                self._drawing = False
 
         def line(self) -> str:
             signal.siginterrupt(signal.SIGURG, False)  # or it would cut off readline's writing to a slow terminal
@@ -241,11 +254,15 @@ if sys.platform != "win32":
                 self.say("")
 
         def close(self) -> None:
-            termios.tcsetattr(0, termios.TCSADRAIN, self._as_it_was)
+            with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
+                if os.tcgetpgrp(0) != os.getpgrp():  # only who is in the foreground may
+                    return
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(0, termios.TCSANOW, self._as_it_was)
 
         def _suspend(self, number: int, _: object) -> None:
             """Give the terminal to the shell and stop, as Ctrl-Z asks; go on where it was when continued."""
-            self._drawing = True  # what comes now waits, or it would be drawn before the line is back
+            was_drawing, self._drawing = self._drawing, True  # what comes waits, or it is drawn before the line is back
             prepared = termios.tcgetattr(0)
             self.close()
             signal.signal(number, signal.SIG_DFL)
@@ -254,14 +271,17 @@ if sys.platform != "win32":
             termios.tcsetattr(0, termios.TCSADRAIN, prepared)
             if self._half_typed():
                 self._draw_line()
-            self._drawing = False
+            self._drawing = was_drawing
 
-        def _die(self, number: int, _: object) -> None:
-            """End by the signal, with the terminal as it was."""
-            self.leave_line(False)
-            self.close()
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        def die(self, number: int, frame: object) -> None:
+            if self._half_typed():
+                with contextlib.suppress(OSError):  # stopped by Ctrl-S: there is no waiting for that
+                    os.set_blocking(1, False)
+                    self._point.value = self._end.value
+                    self._readline.rl_redisplay()
+                    os.write(1, b"\n")
+                    os.set_blocking(1, True)
+            super().die(number, frame)
 
         def _half_typed(self) -> bool:
             state = self._state.value
@@ -274,7 +294,7 @@ if sys.platform != "win32":
 
 def screen_for(options: argparse.Namespace) -> Screen:
     """Return the screen that suits the terminal, or the pipe, and the options."""
-    plain = options.plain or not (os.isatty(0) and os.isatty(1)) or os.environ.get("TERM", "dumb") == "dumb"
+    plain = options.plain or not (os.isatty(0) and os.isatty(1)) or (os.environ.get("TERM") or "dumb") == "dumb"
     colour = not (plain or options.no_color or os.environ.get("NO_COLOR"))
     style = Style(colour, options.time)
     if not plain and sys.platform != "win32":
@@ -452,7 +472,7 @@ class Conversation:
 
     def run(self) -> int:
         """Send what is entered and show what comes, until one side leaves; return the exit status."""
-        signal.set_wakeup_fd(self._signals.fileno())
+        signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background job
             signal.signal(signal.SIGINT, self._on_ctrl_c)
         if sys.platform != "win32":
@@ -486,7 +506,7 @@ class Conversation:
 
     def _on_ctrl_c(self, *_: object) -> None:
         self._ctrl_c = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once: the screen may be stuck
+        signal.signal(signal.SIGINT, self._screen.die)  # a second one ends at once: the screen may be stuck
         if sys.platform == "win32":
             self._on_interrupt()
         else:  # as from the receive thread; CPython stumbles when two signals raise while input() waits

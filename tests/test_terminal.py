@@ -59,6 +59,7 @@ class Judged(Terminal):
         self._stream = pyte.ByteStream(self.emulator)
         self._fed = 0  # so much of the output
         with socket.create_server((LOOPBACK, 0)) as listener:
+            listener.settimeout(SECONDS)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8_192)  # soon full, if a test does not read
             port = listener.getsockname()[1]
             super().__init__(sys.executable, CLIENT, *options, LOOPBACK, str(port), rows=rows, columns=columns)
@@ -93,7 +94,10 @@ class Judged(Terminal):
         """Return the next line that the client has sent."""
         data = b""
         while not data.endswith(b"\n"):
-            data += self.server.recv(1)
+            byte = self.server.recv(1)
+            if not byte:
+                raise AssertionError(f"the client has left; it said {data!r}")
+            data += byte
         return data[:-1].decode()
 
     def __exit__(self, *_: object) -> None:
@@ -270,6 +274,19 @@ class Endings(TestCase):
         client.type("\x03")
         self.ends(client, 130, "Disconnected from server")
 
+    def test_two_ctrl_c(self) -> None:
+        client = self.half_typed()
+        client.type("\x03\x03")
+        self.assertIn(client.wait(), (130, -signal.SIGINT))
+        self.assertEqual(client.attributes(), client.before)
+
+    def test_sigterm_while_ctrl_s_holds_the_screen(self) -> None:
+        client = self.half_typed()
+        client.type("\x13")
+        client.process.send_signal(signal.SIGTERM)
+        self.assertEqual(client.wait(), -signal.SIGTERM)
+        self.assertEqual(client.attributes(), client.before)
+
     def test_the_servers_death(self) -> None:
         client = self.half_typed()
         client.server.close()
@@ -277,7 +294,7 @@ class Endings(TestCase):
         self.assertEqual(client.screen().count("Connection lost"), 1)
 
     def test_signals(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             with self.subTest(number=number):
                 client = self.half_typed()
                 client.process.send_signal(number)
@@ -309,6 +326,7 @@ class Endings(TestCase):
 
     def test_ctrl_z_and_fg_under_a_shell(self) -> None:
         with socket.create_server((LOOPBACK, 0)) as listener:
+            listener.settimeout(SECONDS)
             port = listener.getsockname()[1]
             with (
                 inputrc("set enable-bracketed-paste off\n"),
