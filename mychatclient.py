@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 if sys.platform != "win32":
     import termios
@@ -353,12 +353,12 @@ def interrupt_main_thread() -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
 
 
-def received(sock: socket.socket, interrupt: socket.socket) -> Iterator[bytes]:
+def received(sock: socket.socket, interrupt: socket.socket, wake_main: Callable[[], None]) -> Iterator[bytes]:
     """Yield what the server sends in blocks of whole lines, an unfinished last one at end-of-file.
 
     As long as the server has sent no newline, a piece of two or more characters and a second of silence are a line.
     Blocks until something comes. Raises OSError when the connection is lost, Interrupted when ``interrupt`` tells of
-    SIGINT.
+    SIGINT; of any other signal ``wake_main`` is called.
     """
     partial = b""
     sends_newlines = False
@@ -373,9 +373,7 @@ def received(sock: socket.socket, interrupt: socket.socket) -> Iterator[bytes]:
                 if signal.SIGINT in numbers:
                     raise Interrupted
                 if sys.platform != "win32" and numbers.strip(bytes([signal.SIGURG])):
-                    # One that came just before the main thread blocked has its handler wait for the next.
-                    time.sleep(INTERRUPT_SECONDS)
-                    interrupt_main_thread()
+                    wake_main()
             if ready and sock not in ready:
                 continue
             data = sock.recv(READ_BYTES) if ready else b""
@@ -461,6 +459,7 @@ class Conversation:
         # Set by the main thread, where signal handlers run too.
         self._waiting = False  # for input, or for the server to close: may be interrupted
         self._done_waiting = threading.Event()
+        self._awake = threading.Event()
         self._leaving = False  # so that the server's end-of-file is no surprise
         # Set by either.
         self._ctrl_c = False
@@ -513,6 +512,7 @@ class Conversation:
             signal.raise_signal(signal.SIGURG)
 
     def _on_interrupt(self, *_: object) -> None:
+        self._awake.set()
         self._screen.draw()
         if self._waiting and (self._ctrl_c or self._received_all):
             self._waiting = False  # once is enough
@@ -525,7 +525,7 @@ class Conversation:
     def _receive(self) -> None:
         """Show what comes until the connection ends; then get the main thread out of its wait for input."""
         try:
-            for block in lines_to_show(received(self._sock, self._interrupt)):
+            for block in lines_to_show(received(self._sock, self._interrupt, self._wake_main)):
                 self._screen.show(block)
                 if self._screen.gone:
                     break
@@ -545,6 +545,13 @@ class Conversation:
                 os._exit(self._farewell())
             interrupt_main_thread()
             self._done_waiting.wait(INTERRUPT_SECONDS)  # it may have come just before a blocking read: try again
+
+    def _wake_main(self) -> None:
+        """Have the main thread run the handlers of signals: one that came just before it blocked would wait."""
+        self._awake.clear()
+        interrupt_main_thread()
+        while not (self._awake.wait(INTERRUPT_SECONDS) or self._done_waiting.is_set()):
+            interrupt_main_thread()
 
     # Runs in either
 
