@@ -204,12 +204,7 @@ if sys.platform != "win32":
             """Have whole lines shown that came from the server; block until the main thread has done it."""
             self._shown.clear()
             self._block = block
-            while True:
-                interrupt_main_thread()
-                if self._shown.wait(
-                    INTERRUPT_SECONDS
-                ):  # else it came just before a wait began, or in the middle of draw
-                    return
+            interrupt_main_thread(self._shown)
 
         # Runs in the main thread
 
@@ -347,10 +342,15 @@ class Interrupted(Exception):
     """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
 
 
-def interrupt_main_thread() -> None:
-    """Interrupt what the main thread waits in, so that Python calls the handlers of signals that have come."""
+def interrupt_main_thread(until: threading.Event) -> None:
+    """Interrupt what the main thread waits in, so that Python calls the handlers of signals there, ``until`` is set.
+
+    Again and again: a signal that comes just before a blocking call does not interrupt that.
+    """
     if sys.platform != "win32":
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+        while not until.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+            until.wait(INTERRUPT_SECONDS)
 
 
 def received(sock: socket.socket, interrupt: socket.socket, wake_main: Callable[[], None]) -> Iterator[bytes]:
@@ -540,18 +540,14 @@ class Conversation:
         self._received_all = True
         if self._ctrl_c:
             self._done_waiting.wait(INTERRUPT_SECONDS)  # the main thread has most probably seen it
-        while not self._done_waiting.is_set():
-            if sys.platform == "win32":  # where nothing ends a blocking input()
-                os._exit(self._farewell())
-            interrupt_main_thread()
-            self._done_waiting.wait(INTERRUPT_SECONDS)  # it may have come just before a blocking read: try again
+        if sys.platform == "win32" and not self._done_waiting.is_set():  # where nothing ends a blocking input()
+            os._exit(self._farewell())
+        interrupt_main_thread(self._done_waiting)
 
     def _wake_main(self) -> None:
         """Have the main thread run the handlers of signals: one that came just before it blocked would wait."""
         self._awake.clear()
-        interrupt_main_thread()
-        while not (self._awake.wait(INTERRUPT_SECONDS) or self._done_waiting.is_set()):
-            interrupt_main_thread()
+        interrupt_main_thread(self._awake)
 
     # Runs in either
 
