@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import importlib
 import io
 import ipaddress
@@ -31,6 +32,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 if sys.platform != "win32":
     import termios
@@ -45,7 +47,8 @@ SERVER_CLOSED = "the server closed the connection; try again later."
 
 CONNECT_SECONDS = 10.0  # for all addresses of a name together
 READ_BYTES = 65_536  # read at once, from the connection and from a pipe
-MAX_LINE_BYTES = 262_144  # shown as one line: more than a chat server sends, and a bound for any other
+MAX_LINE_BYTES = 65_536  # that a person may send: what the server takes
+MAX_SHOWN_BYTES = 262_144  # shown as one line: more than a chat server sends, and a bound for any other
 SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has finished its line
 LEAVE_SECONDS = 1.0  # for the server to close, after a person has typed exit
 COLOURS = 31, 32, 34, 35, 36  # of labels: what can be read on dark and on light
@@ -53,6 +56,9 @@ RL_STATE_CALLBACK = 0x80000  # a line is being edited: readline.h
 RL_STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
 INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
+STUCK_SECONDS = 1.0  # after which a main thread that has to end is stuck behind Ctrl-S
+
+LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 
 
 # --- Lines: what may be shown, on anybody's screen --------------------------------------------------------------------
@@ -125,14 +131,24 @@ class Screen:
     def draw(self) -> None:
         """Show what another thread wants shown, if only the main thread can."""
 
-    def line(self) -> str:
-        """Return the next line that a person enters. Blocks; raises EOFError at Ctrl-D."""
+    def notice(self, text: str) -> None:
+        """Show a notice of our own, from the main thread, as if it came from the server."""
+        self.say(self._style.rows(f"{text}\n".encode()).decode()[:-1])
+
+    def line(self, unsent: str) -> str:
+        """Return the next line that a person enters, beginning with ``unsent`` if possible.
+
+        Blocks; raises EOFError at Ctrl-D.
+        """
         return input()
 
     def leave_line(self, ctrl_c: bool) -> None:
         """Begin a new row below what is half-typed, as far as that is known: after ``ctrl_c`` the row has a ^C."""
         if ctrl_c and os.isatty(1):
             self.say("")
+
+    def release(self) -> None:
+        """Let go on who writes, if the terminal is stopped by Ctrl-S."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -174,8 +190,12 @@ if sys.platform != "win32":
             import ctypes
             import readline
 
-            self._readline = ctypes.CDLL(readline.__file__)  # its symbols are found through the module
+            # The library that the module uses, found as the linker found it: in the program, else through the module.
+            self._readline = ctypes.CDLL(None)
+            if not hasattr(self._readline, "rl_redisplay"):
+                self._readline = ctypes.CDLL(readline.__file__)
             integer = ctypes.c_int.in_dll
+            self._at_start, self._insert = readline.set_startup_hook, readline.insert_text
             self._end, self._point = integer(self._readline, "rl_end"), integer(self._readline, "rl_point")
             self._state = ctypes.c_ulong.in_dll(self._readline, "rl_readline_state")
             readline.parse_and_bind("set enable-bracketed-paste off")
@@ -216,7 +236,7 @@ if sys.platform != "win32":
             try:
                 half_typed = self._half_typed()
                 if half_typed:
-                    self._readline.rl_clear_visible_line()
+                    self._clear_line()
                 self._write(self._style.rows(self._block))
                 if half_typed:
                     self._draw_line()
@@ -232,7 +252,8 @@ if sys.platform != "win32":
             finally:
                 self._drawing = False
 
-        def line(self) -> str:
+        def line(self, unsent: str) -> str:
+            self._at_start(functools.partial(self._insert, unsent) if unsent else None)
             signal.siginterrupt(signal.SIGURG, False)  # or it would cut off readline's writing to a slow terminal
             try:
                 text = input()
@@ -244,16 +265,11 @@ if sys.platform != "win32":
 
         def leave_line(self, ctrl_c: bool) -> None:
             if self._half_typed():
-                self._point.value = self._end.value
-                self._readline.rl_redisplay()
+                self._go_to_end_of_line()
                 self.say("")
 
         def close(self) -> None:
-            with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
-                if os.tcgetpgrp(0) != os.getpgrp():  # only who is in the foreground may
-                    return
-            with contextlib.suppress(termios.error):  # it is gone
-                termios.tcsetattr(0, termios.TCSANOW, self._as_it_was)
+            self._set_terminal(self._as_it_was)
 
         def _suspend(self, number: int, _: object) -> None:
             """Give the terminal to the shell and stop, as Ctrl-Z asks; go on where it was when continued."""
@@ -269,22 +285,72 @@ if sys.platform != "win32":
             self._drawing = was_drawing
 
         def die(self, number: int, frame: object) -> None:
-            if self._half_typed():
-                with contextlib.suppress(OSError):  # stopped by Ctrl-S: there is no waiting for that
-                    os.set_blocking(1, False)
-                    self._point.value = self._end.value
-                    self._readline.rl_redisplay()
-                    os.write(1, b"\n")
-                    os.set_blocking(1, True)
+            self.leave_line(ctrl_c=False)
             super().die(number, frame)
+
+        # Called from either thread
+
+        def release(self) -> None:
+            with contextlib.suppress(termios.error):  # it is gone
+                settings = termios.tcgetattr(0)
+                settings[0] &= ~termios.IXON
+                self._set_terminal(settings)
+
+        def _set_terminal(self, settings: list[Any]) -> None:
+            with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
+                if os.tcgetpgrp(0) != os.getpgrp():  # only who is in the foreground may
+                    return
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(0, termios.TCSANOW, settings)
+
+        # What is asked of readline
 
         def _half_typed(self) -> bool:
             state = self._state.value
             return bool(state & RL_STATE_CALLBACK and (self._end.value or state & RL_STATES_PENDING))
 
+        def _clear_line(self) -> None:
+            self._readline.rl_clear_visible_line()
+
         def _draw_line(self) -> None:
             self._readline.rl_on_new_line()
             self._readline.rl_redisplay()
+
+        def _go_to_end_of_line(self) -> None:
+            self._point.value = self._end.value
+            self._readline.rl_redisplay()
+
+    class LibeditEditor(LineEditor):
+        """A terminal with libedit in the place of readline, as on macOS: right for lines that fit a row.
+
+        libedit does not tell what is typed, nor in which row the cursor is. So a line counts as half-typed all the time
+        that it is edited: the cursor's row is cleared, and the line drawn again, if there is one. (What libedit draws
+        again lacks combining marks; what is sent has them.)
+        """
+
+        _editing = False
+
+        def line(self, unsent: str) -> str:
+            self._editing = True
+            try:
+                return input()
+            except EOFError:
+                self.say("")  # below the ^D that libedit shows
+                raise
+            finally:
+                self._editing = False
+
+        def _half_typed(self) -> bool:
+            return self._editing
+
+        def _clear_line(self) -> None:
+            self._write(b"\r\x1b[K")
+
+        def _draw_line(self) -> None:
+            self._readline.rl_forced_update_display()
+
+        def _go_to_end_of_line(self) -> None:
+            """Leave the cursor where it is: there is no telling."""
 
 
 def screen_for(options: argparse.Namespace) -> Screen:
@@ -294,8 +360,8 @@ def screen_for(options: argparse.Namespace) -> Screen:
     style = Style(colour, options.time)
     if not plain and sys.platform != "win32":
         with contextlib.suppress(ImportError, AttributeError, OSError, ValueError, termios.error):  # no GNU readline
-            if "libedit" not in (importlib.import_module("readline").__doc__ or ""):
-                return LineEditor(style)
+            is_libedit = "libedit" in (importlib.import_module("readline").__doc__ or "")
+            return LibeditEditor(style) if is_libedit else LineEditor(style)
     return Screen(style)
 
 
@@ -342,15 +408,18 @@ class Interrupted(Exception):
     """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
 
 
-def interrupt_main_thread(until: threading.Event) -> None:
+def interrupt_main_thread(until: threading.Event, seconds: float = float("inf")) -> bool:
     """Interrupt what the main thread waits in, so that Python calls the handlers of signals there, ``until`` is set.
 
-    Again and again: a signal that comes just before a blocking call does not interrupt that.
+    Again and again, for so many seconds at most: a signal that comes just before a blocking call does not interrupt it.
+    Return whether ``until`` is set.
     """
     if sys.platform != "win32":
-        while not until.is_set():
+        deadline = time.monotonic() + seconds
+        while not until.is_set() and time.monotonic() < deadline:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
             until.wait(INTERRUPT_SECONDS)
+    return until.is_set()
 
 
 def received(sock: socket.socket, interrupt: socket.socket, wake_main: Callable[[], None]) -> Iterator[bytes]:
@@ -380,7 +449,7 @@ def received(sock: socket.socket, interrupt: socket.socket, wake_main: Callable[
             end = data.rfind(b"\n") + 1
             sends_newlines = sends_newlines or end > 0
             block, partial = (partial + data[:end], data[end:]) if end else (b"", partial + data)
-            if partial and (not data or len(partial) > MAX_LINE_BYTES):
+            if partial and (not data or len(partial) > MAX_SHOWN_BYTES):
                 block, partial = block + partial + b"\n", b""
             if block:
                 yield block
@@ -411,12 +480,17 @@ def typed(screen: Screen) -> Iterator[tuple[bytes, bool]]:
     """Yield each line that a person enters, but blank ones, and whether it is ``exit``. Blocks."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end
+    unsent = ""
     with contextlib.suppress(EOFError, OSError):  # Ctrl-D, or the terminal is gone
         while True:
-            line = screen.line()
+            line = screen.line(unsent)
             words = line.strip("\t ")
-            if words:
-                yield f"{line}\n".encode("utf-8", "replace"), words == "exit"
+            data = f"{line}\n".encode("utf-8", "replace")
+            unsent = line if len(data) > MAX_LINE_BYTES + 1 else ""
+            if unsent:
+                screen.notice(LINE_TOO_LONG)
+            elif words:
+                yield data, words == "exit"
 
 
 def piped() -> Iterator[tuple[bytes, bool]]:
@@ -547,7 +621,9 @@ class Conversation:
     def _wake_main(self) -> None:
         """Have the main thread run the handlers of signals: one that came just before it blocked would wait."""
         self._awake.clear()
-        interrupt_main_thread(self._awake)
+        if not interrupt_main_thread(self._awake, STUCK_SECONDS):
+            self._screen.release()
+            interrupt_main_thread(self._awake)
 
     # Runs in either
 

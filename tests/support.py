@@ -314,6 +314,11 @@ class Peer:
         self.socket.close()
 
 
+def as_text(output: bytes) -> str:
+    """Return what a terminal was sent, with plain newlines, without colours."""
+    return COLOURS.sub("", output.decode(errors="replace").replace("\r\n", "\n"))
+
+
 class Terminal:
     """A program in a pseudo-terminal of its own."""
 
@@ -342,19 +347,19 @@ class Terminal:
 
     def screen(self) -> str:
         """Return all that was shown, with plain newlines, without colours."""
-        return COLOURS.sub("", self.output.decode().replace("\r\n", "\n"))
+        return as_text(self.output)
 
-    def wait_for(self, text: str, seconds: float = SECONDS) -> None:
-        """Wait until the screen ends with ``text``."""
+    def wait_for(self, text: str, seconds: float = SECONDS, within: bool = False) -> None:
+        """Wait until the screen ends with ``text``, or has it somewhere."""
         deadline = time.monotonic() + seconds
-        while not self.screen().endswith(text):
+        while not (text in self.screen() if within else as_text(self.output[-8 * len(text) - 100 :]).endswith(text)):
             if not self._read(deadline - time.monotonic()):
                 raise Overdue(f"{text!r} does not end {self.screen()!r}")
 
-    def _read(self, seconds: float) -> bool:
+    def _read(self, seconds: float, size: int = 65_536) -> bool:
         if seconds <= 0 or not select.select([self._master], [], [], seconds)[0]:
             return False
-        self.output += os.read(self._master, 65536)
+        self.output += os.read(self._master, size)
         return True
 
     def wait(self) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import os
+import pathlib
+import random
 import signal
 import socket
 import sys
@@ -14,7 +17,7 @@ import unittest
 from collections.abc import Iterator
 from unittest import mock
 
-from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase
+from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase, as_text, eventually
 
 # A short form runs without it, in tests.test_client and tests.test_reference.
 NEEDS_PYTE = unittest.skipUnless(importlib.util.find_spec("pyte"), "needs pyte: pip install -e '.[dev]'")
@@ -173,36 +176,90 @@ class Typing(TestCase):
             self.assertEqual(received, lines)
             self.assertEqual(client.screen(), GREETING + "\n" + "".join(f"{line}\n" for line in lines))
 
-    def test_a_flood_while_someone_types_and_edits(self) -> None:
-        """On a terminal that reads slowly: what is typed is sent as it was typed, every message is whole."""
+    def flood(self, seed: int) -> None:
+        """Type and edit for two seconds, below 1,000 messages a second, on a terminal that reads slowly."""
+        numbers = random.Random(seed)
         with Judged(12, "--no-color") as client:
             background = Background()
             messages = [f"54358:message {number} of a flood" for number in range(2_000)]
 
-            def flood() -> None:
-                for start in range(0, len(messages), 10):
-                    client.say(messages[start : start + 10])
-                    time.sleep(0.01)  # a thousand a second
+            def say() -> None:
+                start = time.monotonic()
+                for first in range(0, len(messages), 10):
+                    client.say(messages[first : first + 10])
+                    time.sleep(max(0.0, start + (first + 10) / 1_000 - time.monotonic()))  # the pace is what is tested
 
-            background.run(flood)
-            sent = []
-            for number in range(25):
-                for key in f"line {number}x\x7f" + LEFT * 2 + "\x04" + "\x05":
-                    client.type(key)
-                    client._read(0.01)
+            saying = background.run(say)
+            sent: list[str] = []
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline:
+                words = "word " * numbers.randrange(20) + f"line {len(sent)}"
+                for keys in (*words, "x", "\x7f", LEFT, LEFT, "\x04", "\x05"):
+                    client.type(keys)
+                    client._read(0.005, numbers.choice((10, 200, 4_000)))
                 client.type("\r")
-                text = f"line {number}"
-                sent.append(text[:-2] + text[-1:])
-            client.type("half a li")
+                sent.append(words[:-2] + words[-1:])
+            client.type("half a li" + LEFT)
+            while saying.is_alive():
+                client._read(0.1)
+            messages.append("54358:the last")
+            client.say(messages[-1:])
             received: list[str] = []
             background.run(lambda: received.extend(client.heard() for _ in sent))
-            client.wait_for(f"{messages[-1]}\nhalf a li")
+            client.wait_for(f"{messages[-1]}\nhalf a li\b")
             background.join()
             self.assertEqual(received, sent)
             rows, cursor = client.settle()
-            self.assertEqual((rows[-3:], cursor), (["", messages[-1], "half a li"], (11, 9)))
+            self.assertEqual((rows[-3:], cursor), (["", messages[-1], "half a li"], (11, 8)))
             shown = [row for row in client.screen().split("\n") if row.startswith("54358:")]
             self.assertEqual(shown, messages)
+
+    def test_floods_while_someone_types_and_edits(self) -> None:
+        """Twenty times, what is typed is sent as it was typed, every message is whole, and the screen is right."""
+        for first in range(0, 20, 5):
+            background = Background()
+            for seed in range(first, first + 5):
+                background.run(self.flood, seed)
+            background.join()
+
+    def test_drawing_on_a_terminal_that_takes_less_than_is_drawn(self) -> None:
+        """Each time the line is drawn again it is whole, and each message is shown once, though writing blocks."""
+        half_typed = " ".join(str(number) for number in range(350))
+        with Judged(24, "--no-color", columns=80) as client:
+            client.type(half_typed)
+            client.settle()
+            background = Background()
+
+            def say() -> None:
+                for number in range(150):
+                    client.say([f"54358:{number}"])
+                    time.sleep(0.002)  # each is to be drawn for itself, as far as that can be
+
+            background.run(say)
+            waiting = pathlib.Path(f"/proc/{client.process.pid}/wchan")
+            while not client.output.endswith(b"54358:149\r\n") and "54358:149" not in as_text(client.output[-5_000:]):
+                with contextlib.suppress(Overdue):
+                    eventually(lambda: waiting.read_text() == "wait_woken", seconds=0.2)
+                    time.sleep(0.06)  # time for a signal, of those that come until the message is drawn
+                client._read(0.2, 4_000)
+            background.join()
+            client.settle()
+            drawn = client.screen().replace(" \r", "").split("54358:")[1:]
+            self.assertEqual([piece.split("\n")[0] for piece in drawn], [str(number) for number in range(150)])
+            with_line = [piece for piece in drawn if " 1 2 3 " in piece]
+            self.assertGreater(len(with_line), 20)
+            self.assertEqual([piece for piece in with_line if half_typed not in piece], [])
+
+    def test_a_line_too_long_is_not_sent_and_comes_back(self) -> None:
+        with Judged(10, "--no-color") as client:
+            background = Background()
+            background.run(client.type, "x" * 65_540 + "\r")
+            client.wait_for("\n* line too long: 65536 bytes at most, this line was not sent\n" + "x" * 65_540)
+            background.join()
+            client.type("\x7f" * 4 + "\r")
+            background.run(lambda: self.assertEqual(client.heard(), "x" * 65_536))
+            client.wait_for("\n")
+            background.join()
 
     def test_history_and_editing_keys(self) -> None:
         with Judged(10, "--no-color") as client:
@@ -287,6 +344,15 @@ class Endings(TestCase):
         self.assertEqual(client.wait(), -signal.SIGTERM)
         self.assertEqual(client.attributes(), client.before)
 
+    def test_sigterm_while_ctrl_s_holds_what_was_typed(self) -> None:
+        client = self.half_typed()
+        client.type("\x13")
+        client.type("ne")
+        eventually(lambda: pathlib.Path(f"/proc/{client.process.pid}/wchan").read_text() == "wait_woken")  # for a write
+        client.process.send_signal(signal.SIGTERM)
+        self.assertEqual(client.wait(), -signal.SIGTERM)
+        self.assertEqual(client.attributes(), client.before)
+
     def test_the_servers_death(self) -> None:
         client = self.half_typed()
         client.server.close()
@@ -349,3 +415,42 @@ class Endings(TestCase):
                     shell.wait_for("54358:meanwhile\nhalf a li")
                     shell.type("ne\r")
                     self.assertEqual(server.recv(100), b"half a line\n")
+
+
+LIBEDIT = glob.glob("/usr/lib/*/libedit.so.2")
+
+
+@NEEDS_PYTE
+@unittest.skipUnless(LIBEDIT, "needs libedit: install libedit2")
+class Libedit(TestCase):
+    """As on macOS, imitated by preloading it: lines that fit a row are safe."""
+
+    def setUp(self) -> None:
+        preload = mock.patch.dict(os.environ, {"LD_PRELOAD": LIBEDIT[0]})
+        preload.start()
+        self.addCleanup(preload.stop)
+
+    def test_half_typed_lines_of_one_row(self) -> None:
+        for shape in ("short", "cursor in the middle", "cursor at the start", "wide characters"):
+            for messages in ("one line", "three lines", "more than the screen"):
+                with self.subTest(shape=shape, messages=messages):
+                    HalfTyped.compare(self, HALF_TYPED[shape], MESSAGES[messages], 10)  # type: ignore[arg-type]
+
+    def test_nothing_half_typed_is_the_reference(self) -> None:
+        with Judged(12, "--no-color", columns=60) as client:
+            for typed, message in (("Hi!\r", "54383:Hello!"), ("\r", "54396:How are you guys doing?")):
+                client.type(typed)
+                client.settle()
+                client.say([message])
+                client.wait_for(message, within=True)
+            rows, cursor = client.settle()
+            expected = [GREETING, "Hi!", "", "54383:Hello!", "", "", "54396:How are you guys doing?"]
+            self.assertEqual((rows[:8], cursor), ([*expected, ""], (7, 0)))
+
+    def test_endings(self) -> None:
+        for typed, status in (("half\x03", 130), ("\x04", 0), ("exit\r", 0)):
+            with self.subTest(typed=typed), Judged(10, "--no-color") as client:
+                client.type(typed)
+                self.assertEqual(client.wait(), status)
+                self.assertIn("Disconnected from server", client.shows()[0])
+                self.assertEqual(client.attributes(), client.before)
