@@ -6,8 +6,10 @@ library alone; ``mychatclient.py``, ``nc`` and ``telnet`` are all clients.
 
 The wire
     UTF-8 text in lines. ``\\n``, ``\\r\\n`` and telnet's ``\\r\\0`` end a line.
-    Client to server: text. A line ``exit`` leaves, and so does end-of-file. Lines of blanks are not relayed.
-    Server to client: ``label:text``, or a notice, ``* text``. A label is the port that its client connects from.
+    Client to server: text. A line ``exit`` leaves, and so does end-of-file. Lines of blanks are not relayed. A line
+    that starts with ``/`` and a word of lower-case letters is a command: the section on people has them.
+    Server to client: ``label:text``, or a notice, ``* text``. A label is the port that its client connects from, or the
+    name that it has taken. No text of a person stands in a notice but for ``* LABEL to you: text``.
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
 
@@ -44,7 +46,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 __version__ = "1.0"
@@ -82,15 +85,19 @@ CONSOLE_BYTES = 1_048_576  # what may wait for a slow standard output
 DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
 LINGER_BYTES = 1_048_576  # thrown away meanwhile
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
 WRITER_SECONDS = 0.4  # in which the last lines must be shown then
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
 ACCEPTS_A_PASS = 64  # before backlogs have their turn again
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
+NAME_CHARACTERS = 24  # of a name at most
+WHO_SHOWN = 50  # labels in one answer to /who
+QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
 
-LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent\n".encode()
+LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
 
 
@@ -102,7 +109,8 @@ TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # A search is ten times faster when its first character is a plain one: hence the newline, not "^".
-BLANK_OR_EXIT = re.compile(rb"\n(?:[\n\t ]|exit[\n\t ])")
+UNUSUAL = re.compile(rb"\n(?:[\n\t /]|exit[\n\t ])")  # blank, perhaps exit, perhaps a command
+COMMAND = re.compile(rb"/[a-z]+(?![^ \t])")
 
 
 class Framer:
@@ -171,23 +179,29 @@ def clean(block: bytes) -> bytes:
     return FORBIDDEN.sub("\ufffd", text).encode()
 
 
-def spoken(block: bytes) -> tuple[bytes, bool]:
-    """Return the lines of a block that are to be relayed, clean, and whether their sender leaves after them.
+def spoken(block: bytes) -> Iterator[tuple[bytes, str]]:
+    """Yield lines of a block that are to be relayed, clean, and the command behind them; it is empty at the end.
 
-    Costs for 64 KiB, in lines of 32 bytes: 60 us for ASCII, 260 us for Chinese; 4 ms for bytes chosen to cost the most.
-    Labels cost 30 us more.
+    ``exit`` comes as the command ``/quit``, and nothing after it. Costs for 64 KiB, in lines of 32 bytes: 60 us for
+    ASCII, 260 us for Chinese; 4 ms for bytes chosen to cost the most. Labels cost 30 us more.
     """
     block = clean(block)
-    if not BLANK_OR_EXIT.search(b"\n" + block):
-        return block, False
+    if not UNUSUAL.search(b"\n" + block):
+        yield block, ""
+        return
     lines: list[bytes] = []
     for line in block[:-1].split(b"\n"):
         words = line.strip(b" \t")
         if words == b"exit":
-            return b"".join(lines), True
-        if words:
-            lines.append(line + b"\n")
-    return b"".join(lines), False
+            yield b"".join(lines), "/quit"
+            return
+        if COMMAND.match(line):
+            yield b"".join(lines), line.decode()
+            lines.clear()
+        elif words:
+            is_escaped = line.startswith(b"//") and COMMAND.match(line, 1)
+            lines.append((line[1:] if is_escaped else line) + b"\n")
+    yield b"".join(lines), ""
 
 
 def front(lines: bytes, size: int) -> bytes:
@@ -261,7 +275,8 @@ ENDED = 3  # let go: nothing is sent either
 class Client:
     """One peer: its socket, its label and its backlog."""
 
-    label = ""  # set when it joins, under the room's lock
+    label = ""  # set when it joins, and by /nick, with the turn held
+    heard_from: Client | None = None  # who last wrote to it privately; set with the turn held
 
     def __init__(self, sock: socket.socket, address: tuple[str, int], on_backlog: Callable[[Client], None]) -> None:
         self.address = address
@@ -361,6 +376,11 @@ class Client:
         # may hand on the listener's non-blocking mode). Windows has no MSG_DONTWAIT: there the socket never blocks.
         self._sock.setblocking(sys.platform != "win32")
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Who has vanished must not keep its name for ever.
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
+                self._sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def blocks(self) -> Iterator[tuple[bytes, bool]]:
         """Yield blocks of whole lines as ``Framer.feed`` does, until end-of-file, a reset, ``finish`` or ``end``.
@@ -546,13 +566,14 @@ class Refused(Exception):
 class Room:
     """The members, and the relay from each to all others in one order."""
 
-    def __init__(self, console: Writer, max_clients: int | None, quiet: bool) -> None:
+    def __init__(self, console: Writer, max_clients: int | None, quiet: bool, announce: bool = False) -> None:
         self._console = console
         self._max_clients = max_clients
+        self._announce = announce
         # The turn: held for a whole round, and by who enters and leaves. Outermost lock. Guards what follows.
         self._turn = threading.Lock()
         self._members: list[Member] = [] if quiet else [console]
-        self._clients: dict[str, Client] = {}  # by label
+        self._clients: dict[str, Client] = {}  # by label, folded
         # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
         self._queue_lock = threading.Lock()
         self._queue: collections.deque[tuple[Client, bytes]] = collections.deque()
@@ -580,17 +601,23 @@ class Room:
             self._clients[client.label] = client
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
+            if self._announce:
+                self._give(client, self._who(client))
+                self._tell_others(client, f"* {client.label} joined")
 
     def leave(self, client: Client) -> None:
         """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
         with self._queue_lock:  # or somebody else could have its label when its last lines are relayed
             self._wait(client, lambda: client not in self._queued)
         with self._turn:
-            if self._clients.get(client.label) is not client:
+            if not self._is_here(client):
                 return
-            del self._clients[client.label]
+            del self._clients[folded(client.label)]
+            client.heard_from = None  # or those who left would be kept in a chain
             self._members.remove(client)
             self._console.say("Connection closed")
+            if self._announce:
+                self._tell_others(client, f"* {client.label} left")
         with self._queue_lock:
             self._on_time(client)
 
@@ -621,12 +648,64 @@ class Room:
             self._turn_is_awaited = True
             return rest, must_take_turn
 
-    def reply(self, client: Client, notice: bytes) -> None:
-        """Give one line to ``client`` alone, from its own handler; waits for the turn, and while it is late."""
+    def reply(self, client: Client, *notices: str) -> None:
+        """Give lines to ``client`` alone, from its own handler; waits for the turn, and while it is late."""
         with self._turn:
-            self._give(client, [memoryview(notice)])
+            self._give(client, *notices)
         with self._queue_lock:
             self._wait(client, lambda: client.leaving or client not in self._late)
+
+    def who(self, client: Client) -> None:
+        """Tell ``client`` who is here. Blocks like ``reply``."""
+        with self._turn:
+            notice = self._who(client)
+        self.reply(client, notice)
+
+    def rename(self, client: Client, name: str) -> None:
+        """Give ``client`` another label, and tell all, in one step; or tell it that the name is taken.
+
+        Blocks like ``relay``: its earlier lines go out first, under the earlier label.
+        """
+        notice = f"* {client.label} is now {name}"
+        if not self._wait_to_speak(client, notice):
+            return
+        with self._turn:
+            holder = self._clients.get(folded(name))
+            is_free = self._is_here(client) and holder in (None, client)
+            if is_free:
+                del self._clients[folded(client.label)]
+                self._clients[folded(name)] = client
+                client.label = name
+                self._tell(self._members, notice)
+        if not is_free:
+            self.reply(client, f"* name '{name}' is taken")
+
+    def tell(self, client: Client, target: Client | str, text: str) -> None:
+        """Give a private word to the one client, or the one of that label; or tell ``client`` that it is not here.
+
+        Blocks like ``relay``.
+        """
+        notice = f"* {client.label} to you: {text}"
+        if not self._wait_to_speak(client, notice):
+            return
+        with self._turn:
+            found = self._clients.get(folded(target)) if isinstance(target, str) else target
+            is_here = found is not None and self._is_here(found)
+            if found and is_here:
+                found.heard_from = client
+                self._give(found, notice)
+        if not is_here:
+            self.reply(client, f"* nobody here is called {quoted(target if isinstance(target, str) else target.label)}")
+
+    def _wait_to_speak(self, client: Client, notice: str) -> bool:
+        """Wait until all that ``client`` said is out, and ``notice`` paid for; return whether it may be given.
+
+        Blocks like ``relay``.
+        """
+        size = len(notice.encode())
+        with self._queue_lock:
+            self._wait(client, lambda: client.leaving or (self._may_speak(client) and self._pays(client, size)))
+            return not client.leaving
 
     # Called from any thread
 
@@ -677,11 +756,31 @@ class Room:
             label = f"{port}-{number}"
         return label
 
+    def _is_here(self, client: Client) -> bool:
+        return self._clients.get(folded(client.label)) is client
+
+    def _who(self, client: Client) -> str:
+        """Return a notice that names the first who are here, in order of arrival, and ``client``."""
+        clients = (member for member in self._members if isinstance(member, Client))
+        shown = list(itertools.islice(clients, WHO_SHOWN))
+        if client not in shown:
+            shown[WHO_SHOWN - 1 :] = [client]
+        names = ", ".join(member.label + (" (you)" if member is client else "") for member in shown)
+        more = len(self._clients) - len(shown)
+        return f"* {len(self._clients)} here: {names}" + (f", and {more} more" if more else "")
+
+    def _tell_others(self, client: Client, notice: str) -> None:
+        self._tell([other for other in self._clients.values() if other is not client], notice)
+
+    def _tell(self, members: Iterable[Member], notice: str) -> None:
+        for member in members:
+            self._give(member, notice)
+
     def _take_turn(self) -> None:
         """Relay what is queued, a round at a time, until nothing is left or somebody else waits for the turn."""
         while batch := self._next_batch():
             for member in self._members:
-                self._give(member, batch.besides(member))
+                self._pass_on(member, batch.besides(member))
             # Who puts down something just after this look waits for the turn, or found somebody who does.
             if self._turn_is_awaited or not self._queue:
                 return
@@ -709,7 +808,10 @@ class Room:
         least, most = ROUND_BYTES
         return max(least, min(most, ROUND_DELIVERED_BYTES // max(1, len(self._members))))
 
-    def _give(self, member: Member, pieces: Sequence[memoryview]) -> None:
+    def _give(self, member: Member, *notices: str) -> None:
+        self._pass_on(member, [memoryview("".join(f"{notice}\n" for notice in notices).encode())])
+
+    def _pass_on(self, member: Member, pieces: Sequence[memoryview]) -> None:
         behind = member.give(pieces)
         if behind > LATE_BYTES and isinstance(member, Client):
             if behind > MAX_BACKLOG_BYTES:
@@ -763,7 +865,7 @@ class Room:
         """
         if client.leaving:
             return b"", b""
-        if self._closed or client in self._queued or client in self._late:
+        if not self._may_speak(client):
             return None
         size = self._round_bytes() // (len(self._queue) + 1)  # the next round has one for everyone who wants to speak
         if self._late:
@@ -772,10 +874,15 @@ class Room:
         block, rest = labelled(client.label, lines, size)
         if len(block) > PORTION_MIN_BYTES and self._queue_bytes + len(block) > QUEUE_BYTES:
             return None
-        return (block, rest) if not self._late or self._pays(client, len(block)) else None
+        return (block, rest) if self._pays(client, len(block)) else None
+
+    def _may_speak(self, client: Client) -> bool:
+        return not (self._closed or client in self._queued or client in self._late)
 
     def _pays(self, client: Client, size: int) -> bool:
         """Take so many bytes off what ``client`` may say while somebody is late; return whether it may."""
+        if not self._late:
+            return True
         left = self._shares.get(client)
         if left is not None and size <= left:
             self._shares[client] = left - size
@@ -786,6 +893,116 @@ class Room:
         return False
 
 
+# --- People: names that nobody else can have or fake, and commands ----------------------------------------------------
+
+SHOW_NOTHING = "\u115f\u1160\u3164\uffa0"  # letters all the same: the Hangul fillers
+RESERVED_NAMES = "server", "you", "exit"
+
+
+def folded(label: str) -> str:
+    """Return ``label`` in the form in which two are the same."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
+
+
+def name_problem(name: str) -> str:
+    """Return why ``name``, in Unicode's form NFKC, is not one; nothing if it is."""
+    if not 1 <= len(name) <= NAME_CHARACTERS:
+        return f"{NAME_CHARACTERS} characters at most"
+    if any(character in SHOW_NOTHING for character in name):
+        return "it has a letter that shows nothing"
+    if unicodedata.category(name[0])[0] != "L":
+        return "it must begin with a letter"
+    for character in name:
+        category = unicodedata.category(character)
+        if not (category[0] == "L" or category in ("Mn", "Mc", "Nd") or character in "_-."):
+            return "letters, digits, _, - and . only"
+    return "it is reserved" if folded(name) in RESERVED_NAMES else ""
+
+
+def quoted(text: str) -> str:
+    """Return the beginning of what somebody typed, to be told of it."""
+    return f"'{text[:QUOTED_CHARACTERS]}{'…' if len(text) > QUOTED_CHARACTERS else ''}'"
+
+
+WORD_AND_TEXT = re.compile("([^ \t]+)[ \t]+(.*[^ \t].*)")
+
+
+class Quit(Exception):
+    """Somebody leaves by a command."""
+
+
+class Usage(Exception):
+    """A command lacks something."""
+
+
+# What each command does, in the handler of its client. All block like Room.relay.
+
+
+def nick(room: Room, client: Client, wanted: str) -> None:
+    wanted = wanted.strip(" \t")
+    if not wanted:
+        raise Usage
+    name = unicodedata.normalize("NFKC", wanted)
+    problem = name_problem(name)
+    if problem:
+        room.reply(client, f"* not a name: {quoted(wanted)}: {problem}")
+    elif name != client.label:
+        room.rename(client, name)
+
+
+def who(room: Room, client: Client, _: str) -> None:
+    room.who(client)
+
+
+def private(room: Room, client: Client, argument: str) -> None:
+    found = WORD_AND_TEXT.fullmatch(argument)
+    if not found:
+        raise Usage
+    room.tell(client, found[1], found[2])
+
+
+def answer(room: Room, client: Client, text: str) -> None:
+    if not text:
+        raise Usage
+    if client.heard_from:
+        room.tell(client, client.heard_from, text)
+    else:
+        room.reply(client, "* nobody has written to you privately")
+
+
+def leave(room: Room, client: Client, _: str) -> None:
+    raise Quit
+
+
+def list_commands(room: Room, client: Client, _: str) -> None:
+    room.reply(client, *(f"* {usage}: {meaning}" for usage, meaning, _ in COMMANDS.values()))
+
+
+COMMANDS: dict[str, tuple[str, str, Callable[[Room, Client, str], None]]] = {
+    "/nick": ("/nick NAME", "be called NAME", nick),
+    "/who": ("/who", "see who is here", who),
+    "/msg": ("/msg NAME TEXT", "say TEXT to NAME alone", private),
+    "/r": ("/r TEXT", "answer who last wrote to you alone", answer),
+    "/help": ("/help", "see this", list_commands),
+    "/quit": ("/quit", "leave, as exit does", leave),
+}
+
+
+def obey(room: Room, client: Client, line: str) -> None:
+    """Do what a line with a command asks, in the handler of ``client``. Blocks like ``Room.relay``. Raises Quit."""
+    name = line.replace("\t", " ", 1).partition(" ")[0]
+    argument = line[len(name) :].lstrip(" \t")
+    if name not in COMMANDS:
+        problem = f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /"
+        room.reply(client, problem)
+        return
+    usage, _, command = COMMANDS[name]
+    try:
+        command(room, client, argument)
+    except Usage:
+        room.reply(client, f"* usage: {usage}")
+
+
 # --- The server: the thread that accepts, sends what had to wait, and keeps the clock ---------------------------------
 
 
@@ -793,12 +1010,18 @@ class Server:
     """Serves whoever connects to a listening socket, until a signal stops it."""
 
     def __init__(
-        self, listener: socket.socket, console: Writer, errors: Writer, max_clients: int | None, quiet: bool
+        self,
+        listener: socket.socket,
+        console: Writer,
+        errors: Writer,
+        max_clients: int | None,
+        quiet: bool,
+        announce: bool,
     ) -> None:
         self._listener = listener
         self._console = console
         self._errors = errors
-        self._room = Room(console, max_clients, quiet)
+        self._room = Room(console, max_clients, quiet, announce)
         self._clients: set[Client] = set()  # all with a handler, in the room or not; one operation at a time is safe
         # What other threads ask of the server thread, and how they wake it.
         self._calls: collections.deque[Callable[[], object]] = collections.deque()
@@ -969,13 +1192,14 @@ class Server:
             client.prepare()
             self._room.join(client)
             for block, too_long in client.blocks():
-                lines, leaving = spoken(block)
-                if lines:
+                for lines, command in spoken(block):
                     self._room.relay(client, lines)
+                    if command:
+                        obey(self._room, client, command)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
-                if leaving:
-                    break
+        except Quit:
+            pass
         except Refused as refusal:
             self._call_soon(functools.partial(self._say_refused, client.address))
             client.give([memoryview(f"* {refusal}\n".encode())])
@@ -1146,7 +1370,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
     option("--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
     option("--max-clients", type=number(1, 1_000_000), metavar="N", help="so many at once (default: no limit)")
-    option("--quiet", action="store_true", help="do not show chat lines here (default: show them)")
+    option("--quiet", action="store_true", help="do not show chat lines and names here (default: show them)")
+    option("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
     option("--version", action="version", version=f"mychatserver {__version__}")
     options = parser.parse_args(argv)
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
@@ -1169,7 +1394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_where(console, errors, listener)
         threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(SWITCH_SECONDS)
-        status = Server(listener, console, errors, options.max_clients, options.quiet).run()
+        status = Server(listener, console, errors, options.max_clients, options.quiet, options.announce).run()
         for writer in (console, errors):
             writer.close(WRITER_SECONDS)
     except KeyboardInterrupt:  # before the server thread could see to it

@@ -161,22 +161,31 @@ class Cleaning(unittest.TestCase):
 
 class Speaking(unittest.TestCase):
     def test_blank_lines_are_not_spoken_and_exit_ends(self) -> None:
-        for block, lines, leaves in (
-            (b"a\nb\n", b"a\nb\n", False),
-            (b"\n \t\na\n\n  b \n", b"a\n  b \n", False),
-            (b"a\nexit\nb\n", b"a\n", True),
-            (b" \texit\t \n", b"", True),
-            (b"exit\n", b"", True),
-            (b"exiting\nExit\nexit now\nan exit\nexit.\n", b"exiting\nExit\nexit now\nan exit\nexit.\n", False),
-            (b"a\n  exit", b"a\n", True),
+        for block, lines, command in (
+            (b"a\nb\n", b"a\nb\n", ""),
+            (b"\n \t\na\n\n  b \n", b"a\n  b \n", ""),
+            (b"a\nexit\nb\n", b"a\n", "/quit"),
+            (b" \texit\t \n", b"", "/quit"),
+            (b"exit\n", b"", "/quit"),
+            (b"exiting\nExit\nexit now\nan exit\nexit.\n", b"exiting\nExit\nexit now\nan exit\nexit.\n", ""),
+            (b"a\n  exit\n", b"a\n", "/quit"),
         ):
             with self.subTest(block=block):
-                self.assertEqual(spoken(block if block.endswith(b"\n") else block + b"\n"), (lines, leaves))
+                self.assertEqual(list(spoken(block)), [(lines, command)])
+
+    def test_commands_and_what_only_looks_like_one(self) -> None:
+        text = b"/etc/hosts\n/\n/Nick a\n / nick\n//\n//x/y\n///nick\n/nick: a\n/n1 a\n"
+        self.assertEqual(list(spoken(text)), [(text, "")])
+        self.assertEqual(list(spoken(b"//nick ann\n//a\n//a\tb\n")), [(b"/nick ann\n/a\n/a\tb\n", "")])
+        self.assertEqual(
+            list(spoken(b"a\n/nick ann\nb\n/who\n/msg x\ty \nexit\n/who\n")),
+            [(b"a\n", "/nick ann"), (b"b\n", "/who"), (b"", "/msg x\ty "), (b"", "/quit")],
+        )
 
     def test_only_space_and_tab_are_blanks(self) -> None:
         for blank in "\x0b\x0c\x1c\x85\xa0\u2003\u3000":
-            block = clean(f"{blank}\n{blank}exit\n".encode())
-            self.assertEqual(spoken(block), (block, False))
+            block = clean(f"{blank}\n{blank}exit\n/who{blank}\n".encode())
+            self.assertEqual(list(spoken(block)), [(block, "")])
 
     def test_each_line_is_labelled(self) -> None:
         self.assertEqual(labelled("54358", b"a\n\tb\n", 100), (b"54358:a\n54358:\tb\n", b""))

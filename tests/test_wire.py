@@ -54,7 +54,7 @@ class Wire(TestCase):
     def test_however_the_bytes_are_cut_the_same_lines_come(self) -> None:
         """Every cut in two, and one byte a packet, each from a sender of its own."""
         stream = b"first\n" + STREAM.replace(b"exit \r\n", b"")  # nobody leaves before the end
-        expected, _ = spoken(clean(b"".join(line + b"\n" for line in reference_lines(stream))))
+        [(expected, _)] = spoken(clean(b"".join(line + b"\n" for line in reference_lines(stream))))
         for cut in [*range(1, len(stream)), None]:
             with self.server.peer() as sender:
                 pieces = [stream[:cut], stream[cut:]] if cut else [bytes([byte]) for byte in stream]

@@ -1,0 +1,362 @@
+"""Names, who is here, private words: as peers that speak the wire see it."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import re
+import sys
+import unicodedata
+
+from mychatserver import COMMANDS, LINE_TOO_LONG, folded, name_problem
+from tests.support import SERVER, Background, Peer, Server, TestCase, eventually
+
+OTHER_HOST = "127.0.0.2"
+
+
+class People(TestCase):
+    """A server with two people in it."""
+
+    options: tuple[str, ...] = ()
+
+    def setUp(self) -> None:
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.server = self.stack.enter_context(Server(*self.options))
+        self.ann = self.enter()
+        self.bob = self.enter()
+
+    def enter(self) -> Peer:
+        peer: Peer = self.stack.enter_context(self.server.peer())
+        return peer
+
+    def name(self, peer: Peer, name: str) -> None:
+        """Have ``peer`` take a name; both people are told."""
+        notice = f"* {peer.label} is now {name}"
+        peer.say(f"/nick {name}")
+        for other in (self.ann, self.bob):
+            other.expect(notice)
+        self.server.expect(notice)
+        peer.label = name
+
+    def silent(self, peer: Peer, speaker: Peer) -> None:
+        """Fail unless ``peer`` has heard nothing: what ``speaker`` says now is the next."""
+        speaker.say("fence")
+        peer.expect(f"{speaker.label}:fence")
+        self.server.expect(f"{speaker.label}:fence")
+
+
+class Names(People):
+    def test_a_name_is_told_to_all_and_labels_what_follows(self) -> None:
+        old = self.ann.label
+        self.ann.send("before\n/nick ann\nafter\n")
+        self.bob.expect(f"{old}:before", f"* {old} is now ann", "ann:after")
+        self.ann.expect(f"* {old} is now ann")
+        self.server.expect(f"{old}:before", f"* {old} is now ann", "ann:after")
+
+    def test_a_name_is_taken_in_any_case_and_form_until_its_owner_leaves(self) -> None:
+        self.name(self.ann, "Zoë")
+        for same in ("Zoë", "zoë", "ZOË", "Zoe\u0308", "\uff3aoë"):
+            self.bob.say(f"/nick {same}")
+            self.bob.expect(f"* name '{unicodedata.normalize('NFKC', same)}' is taken")
+        self.silent(self.ann, self.bob)
+        self.ann.say("exit")
+        self.ann.expect_end()
+        self.server.expect("Connection closed")
+        self.bob.say("/nick zoë")
+        self.bob.expect(f"* {self.bob.label} is now zoë")
+
+    def test_another_case_of_the_own_name_works_and_the_very_same_says_nothing(self) -> None:
+        self.name(self.ann, "ann")
+        self.name(self.ann, "Ann")
+        self.ann.say("/nick Ann")
+        self.silent(self.bob, self.ann)
+        self.bob.say("here")
+        self.ann.expect(f"{self.bob.label}:here")
+
+    def test_what_is_not_a_name_is_refused_privately(self) -> None:
+        for wanted, reason in (
+            ("x y", "letters, digits, _, - and . only"),
+            ("1a", "it must begin with a letter"),
+            (self.bob.label, "it must begin with a letter"),
+            ("a:b", "letters, digits, _, - and . only"),
+            ("a@b", "letters, digits, _, - and . only"),
+            ("*", "it must begin with a letter"),
+            ("\u3164", "it has a letter that shows nothing"),
+            ("a\uffa0", "it has a letter that shows nothing"),
+            ("Server", "it is reserved"),
+            ("YOU", "it is reserved"),
+            ("e\uff58it", "it is reserved"),
+            ("x" * 25, "24 characters at most"),
+        ):
+            with self.subTest(wanted=wanted):
+                self.ann.say(f"/nick {wanted}")
+                self.ann.expect(f"* not a name: '{wanted}': {reason}")
+        self.ann.say("/nick\t ")
+        self.ann.expect("* usage: /nick NAME")
+        self.silent(self.bob, self.ann)
+
+    def test_names_over_all_of_unicode(self) -> None:
+        """A character may begin a name, be in it, or neither, by its category alone, but for four letters."""
+        fillers = "\u115f\u1160\u3164\uffa0"
+        for code in range(sys.maxunicode + 1):
+            character = chr(code)
+            if unicodedata.normalize("NFKC", character) != character:
+                continue
+            category = unicodedata.category(character)
+            letter = category[0] == "L" and character not in fillers
+            within = letter or category in ("Mn", "Mc", "Nd") or character in "_-."
+            if (not name_problem(character), not name_problem("a" + character)) != (letter, within):
+                self.fail(f"U+{code:04X} {category}")
+            if within and {*character} & {*" :*@\n/,'"}:
+                self.fail(f"U+{code:04X} could be taken for the end of a label")
+
+    def test_folding_is_stable(self) -> None:
+        for name in ("ann", "Straße", "ǅ", "İx", "ﬁn", "ᾳ", "\u0345a"):
+            self.assertEqual(folded(folded(name)), folded(name))
+
+    def test_two_race_for_one_name(self) -> None:
+        for number in range(30):
+            name = f"name{number}"
+            for peer in (self.ann, self.bob):
+                peer.say(f"/nick {name}")
+            heard = [peer.line().decode() for peer in (self.ann, self.bob)]
+            winner = 0 if heard[0].startswith(f"* {self.ann.label} is") else 1
+            peers = (self.ann, self.bob)
+            notice = f"* {peers[winner].label} is now {name}"
+            self.assertIn(heard, ([notice] * 2, [notice, f"* name '{name}' is taken"]))
+            if heard[1] == notice:
+                peers[1 - winner].expect(f"* name '{name}' is taken")
+            else:
+                self.assertEqual(winner, 0)
+            peers[winner].label = name
+
+    def test_two_ports_that_are_the_same(self) -> None:
+        """The label of a port stays another's while its owner has a name."""
+        port = self.ann.address[1]
+        self.name(self.ann, "ann")
+        with self.server.peer(source=(OTHER_HOST, port)) as other:
+            other.say("Hi!")
+            self.bob.expect(f"{port}:Hi!")
+
+    def test_renames_among_talkers_show_who_said_what(self) -> None:
+        """Each of twenty says numbered lines and takes a new name every ten: all hear them in the right order."""
+        background = Background()
+        talkers = [self.enter() for _ in range(20)]
+        rounds = 20
+
+        def talk(number: int, peer: Peer) -> None:
+            for turn in range(rounds):
+                peer.send(f"/nick t{number}.{turn}\n" + "".join(f"{number} {turn * 10 + i}\n" for i in range(10)))
+
+        def drain(peer: Peer) -> None:
+            peer.wait_for("the", "end")
+
+        for number, peer in enumerate(talkers):
+            background.run(talk, number, peer)
+            background.run(drain, peer)
+        labels = {peer.label: number for number, peer in enumerate(talkers)}
+        told = [0] * len(talkers)
+        for _ in range(20 * rounds * 11):
+            line = self.bob.line().decode()
+            rename = re.fullmatch(r"\* (\S+) is now (\S+)", line)
+            if rename:
+                labels[rename[2]] = labels.pop(rename[1])
+                continue
+            label, _, text = line.partition(":")
+            number = labels[label]
+            self.assertEqual(text, f"{number} {told[number]}")
+            self.assertEqual(label, f"t{number}.{told[number] // 10}")
+            told[number] += 1
+        self.assertEqual(told, [rounds * 10] * 20)
+        self.ann.send("/nick the\nend\n")
+        background.join()
+
+    def test_a_dead_connection_does_not_keep_its_name_for_ever(self) -> None:
+        """The kernel asks a silent peer whether it is there: its timer runs for our end of the connection."""
+        own, peers = f":{self.server.port:04X}", f":{self.ann.address[1]:04X}"
+
+        def has_timer() -> bool:
+            for row in pathlib.Path("/proc/net/tcp").read_text().splitlines():
+                fields = row.split()
+                if fields[1].endswith(own) and fields[2].endswith(peers):
+                    kind, _, left = fields[5].partition(":")
+                    return kind == "02" and 0 < int(left, 16) <= 3_000  # keepalive, in hundredths of a second
+            return False
+
+        eventually(has_timer)
+
+
+class Who(People):
+    def test_who_is_here_in_order_of_arrival(self) -> None:
+        self.name(self.bob, "bob")
+        third = self.enter()
+        for peer, names in (
+            (self.ann, f"{self.ann.label} (you), bob, {third.label}"),
+            (self.bob, f"{self.ann.label}, bob (you), {third.label}"),
+            (third, f"{self.ann.label}, bob, {third.label} (you)"),
+        ):
+            peer.say("/who")
+            peer.expect(f"* 3 here: {names}")
+
+    def test_fifty_at_most_are_named_and_oneself_among_them(self) -> None:
+        peers = [self.ann, self.bob, *(self.enter() for _ in range(48))]
+        labels = [peer.label for peer in peers]
+        self.ann.say("/who")
+        self.ann.expect(f"* 50 here: {labels[0]} (you), {', '.join(labels[1:])}")
+        last = self.enter()
+        self.ann.say("/who")
+        self.ann.expect(f"* 51 here: {labels[0]} (you), {', '.join(labels[1:])}, and 1 more")
+        last.say("/who")
+        last.expect(f"* 51 here: {', '.join(labels[:49])}, {last.label} (you), and 1 more")
+
+    def test_who_asks_on_and_does_not_read_costs_little(self) -> None:
+        """13,000 questions in one block: the next is answered only when the answers before have gone."""
+        peers = [self.enter() for _ in range(48)]
+        with self.server.peer(receive_buffer=4_096) as greedy:
+            before = self.server.memory()
+            for _ in range(4):
+                greedy.send(b"/who\n" * 13_000)
+            self.ann.say("Hi!")
+            peers[-1].expect(f"{self.ann.label}:Hi!")
+            eventually(lambda: self.server.output.endswith(b"Connection closed\n"))  # let go: it takes nothing
+            self.assertLess(self.server.memory() - before, 8_000_000)
+
+
+class Private(People):
+    def test_a_private_word_is_for_one_alone(self) -> None:
+        self.name(self.ann, "ann")
+        self.name(self.bob, "bob")
+        third = self.enter()
+        self.ann.say("/msg bob  a word ")
+        self.bob.expect("* ann to you: a word ")
+        self.bob.say("/r and  back")
+        self.ann.expect("* bob to you: and  back")
+        self.ann.say(f"/msg {third.label} you too")
+        third.expect("* ann to you: you too")
+        self.silent(third, self.bob)
+
+    def test_an_answer_goes_to_the_person_whatever_the_name(self) -> None:
+        self.name(self.ann, "ann")
+        self.ann.say(f"/msg {self.bob.label} Hi!")
+        self.bob.expect("* ann to you: Hi!")
+        self.name(self.ann, "anna")
+        third = self.enter()
+        third.say("/nick ann")
+        for peer in (self.ann, self.bob):
+            peer.expect(f"* {third.label} is now ann")
+        third.expect(f"* {third.label} is now ann")
+        self.bob.say("/r you?")
+        self.ann.expect(f"* {self.bob.label} to you: you?")
+        self.ann.say("exit")
+        self.ann.expect_end()
+        self.server.expect(f"* {third.label} is now ann", "Connection closed")
+        self.bob.say("/r you?")
+        self.bob.expect("* nobody here is called 'anna'")
+
+    def test_refusals(self) -> None:
+        for said, answer in (
+            ("/msg bob Hi!", "* nobody here is called 'bob'"),
+            ("/msg bob", "* usage: /msg NAME TEXT"),
+            ("/msg", "* usage: /msg NAME TEXT"),
+            ("/r", "* usage: /r TEXT"),
+            ("/r Hi!", "* nobody has written to you privately"),
+            ("/mgs bob Hi!", "* unknown command '/mgs': /help lists them, // sends a line that starts with /"),
+            (
+                f"/{'x' * 100}",
+                f"* unknown command '/{'x' * 39}…': /help lists them, // sends a line that starts with /",
+            ),
+        ):
+            with self.subTest(said=said):
+                self.ann.say(said)
+                self.ann.expect(answer)
+        self.silent(self.bob, self.ann)
+
+    def test_a_word_to_one_who_leaves_at_that_moment_harms_nobody(self) -> None:
+        for _ in range(50):
+            with Peer("127.0.0.1", self.server.port) as guest:
+                guest.say("/who")
+                guest.line()
+                guest.say("exit")
+                self.ann.say(f"/msg {guest.label} bye")
+                guest.read_to_end()
+        self.ann.say("/who")
+        while not (line := self.ann.line().decode()).startswith("* 2 here"):
+            self.assertRegex(line, r"^\* (nobody here is called '\d+'|\d here: .*)$")
+            self.ann.say("/who")
+
+    def test_help_and_quit(self) -> None:
+        self.ann.say("/help")
+        self.ann.expect(*(f"* {usage}: {meaning}" for usage, meaning, _ in COMMANDS.values()))
+        self.ann.send("bye\n/quit\nnot said\n")
+        self.bob.expect(f"{self.ann.label}:bye")
+        self.ann.expect_end()
+        self.server.expect(f"{self.ann.label}:bye", "Connection closed")
+
+    def test_a_slash_can_be_said(self) -> None:
+        self.ann.send("//nick ann\n/etc/hosts\n//x/y\n/\n")
+        self.bob.expect(*(f"{self.ann.label}:{text}" for text in ("/nick ann", "/etc/hosts", "//x/y", "/")))
+
+
+class Announce(People):
+    options = ("--announce",)
+
+    def setUp(self) -> None:
+        super().setUp()
+        first, second = self.ann.label, self.bob.label
+        self.ann.expect(f"* 1 here: {first} (you)", f"* {second} joined")
+        self.bob.expect(f"* 2 here: {first}, {second} (you)")
+
+    def test_comings_and_goings_are_told_to_the_others(self) -> None:
+        third = self.enter()
+        third.expect(f"* 3 here: {self.ann.label}, {self.bob.label}, {third.label} (you)")
+        third.send("/nick carol\nbye\nexit\n")
+        for peer in (self.ann, self.bob):
+            peer.expect(f"* {third.label} joined", f"* {third.label} is now carol", "carol:bye", "* carol left")
+        self.server.expect(f"* {third.label} is now carol", "carol:bye", "Connection closed")
+
+
+# Every notice that a person can get of the server, with what stands for the changing parts.
+NOTICES = (
+    LINE_TOO_LONG,
+    "* server stopping",
+    "* server full: 1 of 1 clients",
+    "* 12345 lines not shown",
+    "* 54358 is now ann",
+    "* 54358 joined",
+    "* ann left",
+    "* name 'ann' is taken",
+    "* not a name: '1': it must begin with a letter",
+    "* 3 here: 54358, ann (you), bob",
+    "* ann to you: text",
+    "* nobody here is called 'bob'",
+    "* nobody has written to you privately",
+    "* unknown command '/mgs': /help lists them, // sends a line that starts with /",
+    *(f"* usage: {usage}" for usage, _, _ in COMMANDS.values()),
+    *(f"* {usage}: {meaning}" for usage, meaning, _ in COMMANDS.values()),
+)
+
+
+class Forging(People):
+    def test_the_list_is_complete(self) -> None:
+        source = pathlib.Path(SERVER).read_text()
+        for text in re.findall(r'f?"(\* [^"]*)"', source):
+            pattern = ".*".join(re.escape(part) for part in re.split(r"\{[^{}]*\}", text.replace("\\n", "")))
+            self.assertTrue(any(re.fullmatch(pattern, notice) for notice in NOTICES), text)
+
+    def test_nobody_can_write_a_line_that_looks_like_a_notice(self) -> None:
+        """Whatever is said, by whatever cuts, it comes behind a label; a name cannot make one either."""
+        self.name(self.ann, "ann")
+        ways = [way for notice in NOTICES for way in (notice, f"\r{notice}", f"\0{notice}", f"\u2028{notice}")]
+        self.ann.send("".join(f"{way}\n" for way in ways))
+        for _ in ways:
+            self.assertTrue(self.bob.line().startswith(b"ann:"))
+        for notice in NOTICES:
+            half = len(notice) // 2
+            self.ann.send(notice[:half])
+            self.ann.send(f"{notice[half:]}\n")
+            self.bob.expect(f"ann:{notice}")
+            self.ann.say(f"/nick {notice}")
+            self.assertTrue(self.ann.line().startswith(b"* not a name: "))
+            self.ann.say(f"/msg {self.bob.label} {notice}")
+            self.bob.expect(f"* ann to you: {notice}")
