@@ -52,6 +52,8 @@ MAX_SHOWN_BYTES = 262_144  # shown as one line: more than a chat server sends, a
 SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has finished its line
 LEAVE_SECONDS = 1.0  # for the server to close, after a person has typed exit
 COLOURS = 31, 32, 34, 35, 36  # of labels: what can be read on dark and on light
+BOLD, DIM, PLAIN_TEXT = b"\x1b[1m", b"\x1b[2m", b"\x1b[m"
+LABELS_REMEMBERED = 1_000  # for completion
 RL_STATE_CALLBACK = 0x80000  # a line is being edited: readline.h
 RL_STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
@@ -68,6 +70,9 @@ PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])
 TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# What others said, and what the server says of people: to know their labels.
+SPOKEN = re.compile("([^ :*]+):(.*)")
+NOTICE = re.compile(r"\* ([^ :]+) (?:is now ([^ :]+)$|(joined$|left$|to you:))")
 EXIT = re.compile(rb"(?:^|\n|\r\0)[\t ]*exit[\t ]*(?:\r?\n|\r\0)")
 
 
@@ -82,29 +87,67 @@ def clean(block: bytes) -> bytes:
 # --- The screen: everything that is shown goes through here -----------------------------------------------------------
 
 
-class Style:
-    """How a line that came is shown: as it is, or with colour, or with the time."""
+class People:
+    """Who was heard of, as the lines that came tell, and what we are called ourselves."""
 
-    def __init__(self, colour: bool, clock: bool) -> None:
+    def __init__(self, own_label: str) -> None:
+        self.own_label = own_label
+        self.labels: dict[str, None] = {}  # the latest last
+
+    def heard(self, line: bytes) -> bool:
+        """Take note of the labels in a line; return whether it is for us: a private word, or one that names us."""
+        text = line.decode("utf-8", "replace")
+        spoken = SPOKEN.fullmatch(text)
+        if spoken:
+            self._saw(spoken[1])
+            return bool(self.own_label and re.search(rf"(?<!\w){re.escape(self.own_label)}(?!\w)", spoken[2]))
+        notice = NOTICE.match(text)
+        if notice:
+            label, new_label, verb = notice.groups()
+            if new_label and label == self.own_label:
+                self.own_label = new_label
+            if new_label or verb == "left":
+                self.labels.pop(label, None)
+            if verb != "left":
+                self._saw(new_label or label)
+        return bool(notice and notice[3] == "to you:")
+
+    def _saw(self, label: str) -> None:
+        self.labels.pop(label, None)
+        self.labels[label] = None
+        if len(self.labels) > LABELS_REMEMBERED:
+            del self.labels[next(iter(self.labels))]
+
+
+class Style:
+    """How a line that came is shown: as it is, or with colour, with the time, with a bell."""
+
+    def __init__(self, people: People | None, colour: bool, clock: bool, bell: bool) -> None:
+        self.people = people
         self._colour = colour
         self._clock = clock
+        self._bell = bell
 
     def rows(self, block: bytes) -> bytes:
         """Return the lines of ``block`` with an empty row before each."""
-        if not (self._colour or self._clock):
+        if not (self.people or self._clock):
             return b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n"
         now = time.strftime("%H:%M ").encode() if self._clock else b""
-        return b"".join(b"\n" + now + self._coloured(line) + b"\n" for line in block[:-1].split(b"\n"))
+        return b"".join(b"\n" + now + self._row(line) + b"\n" for line in block[:-1].split(b"\n"))
 
-    def _coloured(self, line: bytes) -> bytes:
+    def _row(self, line: bytes) -> bytes:
+        is_for_us = self.people is not None and self.people.heard(line)
+        if self._colour:
+            line = self._coloured(line, is_for_us)
+        return line + b"\a" if is_for_us and self._bell else line
+
+    def _coloured(self, line: bytes, is_for_us: bool) -> bytes:
         label, colon, text = line.partition(b":")
-        if not self._colour:
-            return line
-        if line.startswith(b"* "):
-            return b"\x1b[2m" + line + b"\x1b[m"
-        if not colon or b" " in label:
-            return line
-        return b"\x1b[%dm" % COLOURS[zlib.crc32(label) % len(COLOURS)] + label + b"\x1b[m:" + text
+        if line.startswith(b"* ") or not colon or b" " in label:
+            effect = BOLD if is_for_us else DIM if line.startswith(b"* ") else b""
+            return effect + line + PLAIN_TEXT if effect else line
+        colour = b"\x1b[%dm" % COLOURS[zlib.crc32(label) % len(COLOURS)]
+        return colour + label + PLAIN_TEXT + b":" + (BOLD + text + PLAIN_TEXT if is_for_us else text)
 
 
 class Screen:
@@ -185,6 +228,8 @@ if sys.platform != "win32":
         main thread's own.
         """
 
+        COMPLETE_BY_TAB = "tab: complete"
+
         def __init__(self, style: Style) -> None:
             super().__init__(style)
             import ctypes
@@ -199,7 +244,12 @@ if sys.platform != "win32":
             self._end, self._point = integer(self._readline, "rl_end"), integer(self._readline, "rl_point")
             self._state = ctypes.c_ulong.in_dll(self._readline, "rl_readline_state")
             readline.parse_and_bind("set enable-bracketed-paste off")
-            readline.parse_and_bind("set disable-completion on")
+            # What completes is listed at once: for a question, readline would wait where no signal ends its wait.
+            readline.parse_and_bind("set completion-query-items 0")
+            readline.parse_and_bind("set page-completions off")
+            readline.parse_and_bind(self.COMPLETE_BY_TAB)
+            readline.set_completer(self._completion)
+            readline.set_completer_delims(" \t")
             self._as_it_was = termios.tcgetattr(0)
             # Once, now, and no more: between two lines, where readline would reset the terminal, the kernel would echo
             # what is typed or pasted, and readline show it again.
@@ -303,6 +353,15 @@ if sys.platform != "win32":
             with contextlib.suppress(termios.error):  # it is gone
                 termios.tcsetattr(0, termios.TCSANOW, settings)
 
+        def _completion(self, begun: str, number: int) -> str | None:
+            """Return the label of that number, of those seen that begin so."""
+            labels = [
+                label
+                for label in list(self._style.people.labels if self._style.people else ())
+                if label.startswith(begun)
+            ]
+            return labels[number] if number < len(labels) else None
+
         # What is asked of readline
 
         def _half_typed(self) -> bool:
@@ -328,6 +387,7 @@ if sys.platform != "win32":
         again lacks combining marks; what is sent has them.)
         """
 
+        COMPLETE_BY_TAB = "bind ^I rl_complete"
         _editing = False
 
         def line(self, unsent: str) -> str:
@@ -353,11 +413,12 @@ if sys.platform != "win32":
             """Leave the cursor where it is: there is no telling."""
 
 
-def screen_for(options: argparse.Namespace) -> Screen:
+def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     """Return the screen that suits the terminal, or the pipe, and the options."""
     plain = options.plain or not (os.isatty(0) and os.isatty(1)) or (os.environ.get("TERM") or "dumb") == "dumb"
     colour = not (plain or options.no_color or os.environ.get("NO_COLOR"))
-    style = Style(colour, options.time)
+    bell = options.bell and os.isatty(1)
+    style = Style(None if plain and not bell else People(own_label), colour, options.time, bell)
     if not plain and sys.platform != "win32":
         with contextlib.suppress(ImportError, AttributeError, OSError, ValueError, termios.error):  # no GNU readline
             is_libedit = "libedit" in (importlib.import_module("readline").__doc__ or "")
@@ -522,9 +583,10 @@ def piped() -> Iterator[tuple[bytes, bool]]:
 class Conversation:
     """One connection, from the greeting to the farewell."""
 
-    def __init__(self, sock: socket.socket, screen: Screen) -> None:
+    def __init__(self, sock: socket.socket, screen: Screen, name: str) -> None:
         self._sock = sock
         self._screen = screen
+        self._name = name  # to ask the server for
         self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
         # A signal's number can be read here as it comes. Python calls its handler later, when the main thread gets to
         # it: never, for one that comes just before a blocking read.
@@ -566,6 +628,8 @@ class Conversation:
 
     def _send_input(self) -> None:
         try:
+            if self._name:
+                self._sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
             for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
                 self._leaving = is_exit
                 self._sock.sendall(data)
@@ -692,6 +756,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "port", nargs="?", type=port_number, default=DEFAULT_PORT, help="its port (default: %(default)s)"
     )
+    parser.add_argument(
+        "--name", default=os.environ.get("MYCHAT_NAME", ""), help="be called this (default: MYCHAT_NAME, or the port)"
+    )
+    parser.add_argument("--bell", action="store_true", help="ring when a line names you (default: do not)")
     parser.add_argument("--time", action="store_true", help="show when each line came (default: do not)")
     parser.add_argument("--no-color", action="store_true", help="show no colours (default: show them in a terminal)")
     parser.add_argument(
@@ -720,9 +788,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warn(connecting_problem(error, options.host, options.port))
             forget_typed()
             return 1
-        screen = screen_for(options)  # from here on a signal may find it
+        screen = screen_for(options, str(sock.getsockname()[1]))  # from here on a signal may find it
         try:
-            return Conversation(sock, screen).run()
+            return Conversation(sock, screen, " ".join(options.name.split())).run()
         finally:
             screen.close()
     except KeyboardInterrupt:

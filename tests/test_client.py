@@ -35,9 +35,9 @@ GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
 
 
-def client(port: int) -> Program:
+def client(port: int, *options: str) -> Program:
     """Return a client in pipes."""
-    return Program(sys.executable, CLIENT, LOOPBACK, str(port), keep_input=True)
+    return Program(sys.executable, CLIENT, *options, LOOPBACK, str(port), keep_input=True)
 
 
 def in_terminal(port: int, *options: str) -> Terminal:
@@ -362,14 +362,19 @@ class PlainTerminals(Terminals):
     row_after_ctrl_c = "^C\n"
 
 
+def style(own_label: str = "", colour: bool = False, clock: bool = False, bell: bool = False) -> mychatclient.Style:
+    people = mychatclient.People(own_label) if own_label or colour else None
+    return mychatclient.Style(people, colour, clock, bell)
+
+
 class Looks(TestCase):
     LINES = b"54358:Hi!\n54383:* not a notice\n* 54358 is now ann\n54358:again\nno label\n"
 
     def test_as_it_is(self) -> None:
-        self.assertEqual(mychatclient.Style(False, False).rows(b"a:b\nc\n"), b"\na:b\n\nc\n")
+        self.assertEqual(style().rows(b"a:b\nc\n"), b"\na:b\n\nc\n")
 
     def test_a_label_has_a_colour_of_its_own_and_notices_are_dim(self) -> None:
-        rows = mychatclient.Style(True, False).rows(self.LINES).split(b"\n")[1::2]
+        rows = style(colour=True).rows(self.LINES).split(b"\n")[1::2]
         colour = rows[0].partition(b"54358")[0]
         self.assertRegex(colour, rb"^\x1b\[3[1-6]m$")
         self.assertEqual(rows[0], colour + b"54358\x1b[m:Hi!")
@@ -378,8 +383,43 @@ class Looks(TestCase):
         self.assertEqual(rows[2], b"\x1b[2m* 54358 is now ann\x1b[m")
         self.assertEqual(rows[4], b"no label")
 
+    def test_a_line_that_names_us_is_bold_and_rings(self) -> None:
+        looks = style("54358", colour=True, bell=True)
+        for line, text in (
+            (b"ann:54358, you?", b"54358, you?"),
+            (b"ann:54358", b"54358"),
+            (b"ann:@54358!", b"@54358!"),
+            (b"* ann to you: Hi!", b"* ann to you: Hi!"),
+        ):
+            self.assertTrue(looks.rows(line + b"\n").endswith(b"\x1b[1m" + text + b"\x1b[m\a\n"), line)
+        for line in (b"54358:me", b"ann:154358", b"ann:54358x", b"ann:x\xc3\xa954358", b"* 54358 joined"):
+            rows = looks.rows(line + b"\n")
+            self.assertFalse(b"\x1b[1m" in rows or b"\a" in rows, line)
+        looks.rows(b"* 54358 is now ann\n")
+        self.assertIn(b"\x1b[1m", looks.rows(b"bob:Hi ann!\n"))
+        self.assertNotIn(b"\x1b[1m", looks.rows(b"bob:54358\n"))
+        self.assertEqual(style("ann", bell=True).rows(b"bob:ann\n"), b"\nbob:ann\a\n")
+
+    def test_labels_seen(self) -> None:
+        people = mychatclient.People("54358")
+        for line in (
+            "54383:Hi!",
+            "* 54396 joined",
+            "* 54396 is now carol",
+            "* 54383 left",
+            "* bob to you: x",
+            "* 3 here: 1, 2, 3",
+            "no label: x",
+            "* line too long: x",
+        ):
+            people.heard(line.encode())
+        self.assertEqual(list(people.labels), ["carol", "bob"])
+        for number in range(2_000):
+            people.heard(f"a{number}:x".encode())
+        self.assertEqual(len(people.labels), mychatclient.LABELS_REMEMBERED)
+
     def test_the_time(self) -> None:
-        rows = mychatclient.Style(False, True).rows(b"54358:Hi!\n")
+        rows = style(clock=True).rows(b"54358:Hi!\n")
         self.assertRegex(rows, rb"^\n\d\d:\d\d 54358:Hi!\n$")
 
     def test_when_there_is_colour(self) -> None:
@@ -409,6 +449,30 @@ class Looks(TestCase):
             with server.peer() as ann:
                 ann.say("Hi!")
                 program.expect("", f"{ann.label}:Hi!")
+
+
+class Names(TestCase):
+    def test_a_name_is_asked_for_and_what_is_typed_goes_out_under_it(self) -> None:
+        with Server() as server, server.peer() as ann, client(server.port, "--name", "bob") as program:
+            program.expect(GREETING, "")
+            notice = program.line()
+            self.assertRegex(notice, r"^\* \d+ is now bob$")
+            ann.expect(notice)
+            program.send(b"Hi!\n")
+            ann.expect("bob:Hi!")
+            # Refused: the notice shows, and it goes on as the port.
+            with client(server.port, "--name", " BOB ") as other:
+                other.expect(GREETING, "", "* name 'BOB' is taken")
+                other.send(b"Hi!\n")
+                self.assertRegex(ann.line(), rb"^\d+:Hi!$")
+
+    def test_a_name_from_the_environment(self) -> None:
+        with (
+            Server() as server,
+            mock.patch.dict(os.environ, {"MYCHAT_NAME": "bob\nHi!"}),
+            client(server.port) as program,
+        ):
+            program.expect(GREETING, "", "* not a name: 'bob Hi!': letters, digits, _, - and . only")
 
 
 class Connecting(TestCase):

@@ -271,11 +271,32 @@ class Typing(TestCase):
                 ("gone\x15kept\r", "kept"),
                 ("kept gone\x1bb\x0b\r", "kept "),
                 ("\x12four\r\r", "four three!"),
-                ("a\tb\r", "a\tb"),
+                ("a\tb\r", "ab"),
+                ("/et\tc\r", "/etc"),
             ):
                 with self.subTest(typed=typed):
                     client.type(typed)
                     self.assertEqual(client.heard(), expected)
+
+    def test_tab_completes_labels_that_were_seen(self) -> None:
+        with Judged(10, "--no-color") as client:
+            client.say(["annika:Hi!", "bob:Hi!", "* 54358 is now Zoë", "anton:Hi!"])
+            client.wait_for("anton:Hi!\n")
+            for typed, expected in (
+                ("/msg b\t Hi!\r", "/msg bob Hi!"),
+                ("Zo\t: Hi!\r", "Zoë: Hi!"),
+                ("ann\tx\r", "annikax"),
+                ("c\t\r", "c"),
+            ):
+                client.type(typed)
+                self.assertEqual(client.heard(), expected)
+            client.type("an\t\t")
+            client.settle()
+            client.say(["bob:meanwhile"])
+            client.settle()
+            self.assertEqual([row for row in client.shows()[0] if row][-3:], ["annika  anton", "bob:meanwhile", "an"])
+            client.type("t\t\r")
+            self.assertEqual(client.heard(), "anton")
 
     def test_vi_mode_of_the_users_inputrc(self) -> None:
         with inputrc("set editing-mode vi\n"), Judged(10, "--no-color") as client:
