@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import datetime
 import errno
 import functools
 import ipaddress
@@ -81,13 +82,14 @@ FLUSH_BYTES = 262_144  # sent to one client before the next has its turn: a typi
 MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
 MAX_PIECES = 1_024  # in one sendmsg: IOV_MAX on Linux and macOS
 
-CONSOLE_BYTES = 1_048_576  # what may wait for a slow standard output
+WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
+HISTORY_BYTES = 1_048_000  # said to a newcomer at most: it must not be late with that alone
 DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
 LINGER_BYTES = 1_048_576  # thrown away meanwhile
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
-WRITER_SECONDS = 0.4  # in which the last lines must be shown then
+WRITER_SECONDS = 0.4  # in which the last lines must be shown and logged then
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
 ACCEPTS_A_PASS = 64  # before backlogs have their turn again
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
@@ -229,7 +231,8 @@ class Batch:
     """The blocks of several speakers, joined, of which each member gets everything but its own lines."""
 
     def __init__(self, blocks: Sequence[tuple[Client, bytes]]) -> None:
-        whole = memoryview(b"".join(block for _, block in blocks))
+        self.whole = b"".join(block for _, block in blocks)
+        whole = memoryview(self.whole)
         self._for_listeners: Sequence[memoryview] = (whole,)
         self._for_speakers: dict[Member, Sequence[memoryview]] = {}  # each has one block in the queue at a time
         start = 0
@@ -245,6 +248,35 @@ class Batch:
     def besides(self, member: Member) -> Sequence[memoryview]:
         """Return the pieces for ``member``: views, so that a thousand backlogs hold the bytes once."""
         return self._for_speakers.get(member, self._for_listeners)
+
+
+class History:
+    """The last lines that were said, for newcomers. Keeping it costs no work a line."""
+
+    def __init__(self, lines: int) -> None:
+        self._lines = lines
+        self._batches: collections.deque[bytes] = collections.deque()
+        self._bytes = 0
+
+    def add(self, batch: Batch) -> None:
+        """Keep a batch, and no more before it than may be told."""
+        if self._lines:
+            self._batches.append(batch.whole)
+            self._bytes += len(batch.whole)
+            while self._bytes - len(self._batches[0]) >= HISTORY_BYTES:
+                self._bytes -= len(self._batches.popleft())
+
+    def told(self) -> bytes:
+        """Return the last lines with a heading and an end, nothing if there are none."""
+        text = b"".join(self._batches)
+        start = text.find(b"\n", len(text) - HISTORY_BYTES - 1) + 1 if len(text) > HISTORY_BYTES else 0
+        lines = text[start:].rsplit(b"\n", self._lines + 1)
+        last = b"\n".join(lines[-self._lines - 1 :])
+        self._batches = collections.deque([last] if last else [])  # the next newcomer has less to look for
+        self._bytes = len(last)
+        count = last.count(b"\n")
+        heading = f"* the last {count} lines:\n" if count > 1 else "* the last line:\n"
+        return heading.encode() + last + b"* live from here\n" if last else b""
 
 
 # --- Members: who is given every batch, and must not hold up anyone ---------------------------------------------------
@@ -489,24 +521,24 @@ class Client:
 
 
 class Writer:
-    """A member that only listens, with a queue and a thread of its own: the console. Another writes what goes wrong.
+    """A member that only listens, with a queue and a thread of its own: the console, the log, and what goes wrong.
 
-    It makes nobody late: what is over CONSOLE_BYTES in the queue is counted and said, not written.
+    It makes nobody late: what is over WRITER_BYTES in the queue is counted and said, not written.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
-        self._file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
+    MISSED = "not shown"
+
+    def __init__(self, name: str) -> None:
         # Guards what follows; notified when there is something to do.
         self._changed = threading.Condition()
         self._queue: list[memoryview] = []
         self._bytes = 0
         self._lines_missed = 0
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="console", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def give(self, pieces: Sequence[memoryview], limit: int = CONSOLE_BYTES) -> int:
+    def give(self, pieces: Sequence[memoryview], limit: int = WRITER_BYTES) -> int:
         with self._changed:
             if self._bytes > limit:
                 self._lines_missed += sum(bytes(piece).count(b"\n") for piece in pieces)
@@ -518,10 +550,10 @@ class Writer:
 
     def say(self, text: str) -> None:
         """Queue one line of our own, if need be on top of a full queue. Does not block."""
-        self.give([memoryview(f"{text}\n".encode("utf-8", "replace"))], 2 * CONSOLE_BYTES)
+        self.give([memoryview(f"{text}\n".encode("utf-8", "replace"))], 2 * WRITER_BYTES)
 
     def close(self, seconds: float) -> None:
-        """Take the last of the queue to the file, for so many seconds at most."""
+        """Take the last of the queue to its end, for so many seconds at most."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -537,20 +569,77 @@ class Writer:
                     return
                 text = b"".join(self._queue)
                 if self._lines_missed:  # all of them, chat at least, came behind what is in the queue, which was full
-                    text += f"* {self._lines_missed} lines not shown\n".encode()
+                    text += f"* {self._lines_missed} lines {self.MISSED}\n".encode()
                 self._queue, self._bytes, self._lines_missed = [], 0, 0
-            try:
-                self._write(text)
-            except OSError:  # closed, or the disk is full: chat goes on, and the console too if that changes
-                with self._changed:
-                    self._lines_missed += text.count(b"\n")
+            missed = self._write(text)
+            with self._changed:
+                self._lines_missed += missed
 
-    def _write(self, text: bytes) -> None:
-        rest = memoryview(text)
-        while rest:
-            if sys.platform != "win32":
-                os.set_blocking(self._file.fileno(), True)  # it may be shared with a program that sets it otherwise
-            rest = rest[self._file.write(rest) or 0 :]
+    def _write(self, text: bytes) -> int:
+        """Write whole lines; block as long as that takes; return how many to count as missed."""
+        raise NotImplementedError
+
+
+class Stream(Writer):
+    """Writes to a descriptor, the console's for example."""
+
+    def __init__(self, descriptor: int) -> None:
+        # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
+        self._file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
+        super().__init__("stream")
+
+    def _write(self, text: bytes) -> int:
+        try:
+            rest = memoryview(text)
+            while rest:
+                if sys.platform != "win32":
+                    os.set_blocking(self._file.fileno(), True)  # it may be shared with a program that sets it otherwise
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError:  # closed, or the disk is full: chat goes on, and the console too if that changes
+            return text.count(b"\n")
+        return 0
+
+
+class Log(Writer):
+    """Appends to a file, the time before each line.
+
+    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over.
+    """
+
+    MISSED = "not written"
+
+    def __init__(self, path: str, errors: Writer) -> None:
+        """Raise OSError when nothing can be appended to the file."""
+        with open(path, "ab"):
+            pass
+        self._path = path
+        self._errors = errors
+        self._lines_lost = 0  # since it went wrong
+        super().__init__("log")
+
+    def _write(self, text: bytes) -> int:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds").encode() + b" "
+        stamped = now + text[:-1].replace(b"\n", b"\n" + now) + b"\n"
+        rest = memoryview(stamped)
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    begun = len(stamped) - len(rest) - (stamped.rfind(b"\n", 0, len(stamped) - len(rest)) + 1)
+                    with contextlib.suppress(OSError):  # it is no file that can be cut
+                        file.truncate(file.tell() - begun)  # so much of a line
+                    raise
+        except OSError as error:
+            if not self._lines_lost:
+                self._errors.say(f"Cannot write to {self._path}: {error.strerror}; the chat goes on without a log.")
+            self._lines_lost += bytes(rest).count(b"\n")
+            return 0
+        if self._lines_lost:
+            self._errors.say(f"Writing to {self._path} again: {self._lines_lost} lines were not written.")
+            self._lines_lost = 0
+        return 0
 
 
 # --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
@@ -566,13 +655,23 @@ class Refused(Exception):
 class Room:
     """The members, and the relay from each to all others in one order."""
 
-    def __init__(self, console: Writer, max_clients: int | None, quiet: bool, announce: bool = False) -> None:
+    def __init__(
+        self,
+        console: Writer,
+        log: Writer | None = None,
+        max_clients: int | None = None,
+        quiet: bool = False,
+        announce: bool = False,
+        history: int = 0,
+    ) -> None:
         self._console = console
+        self._log = log
         self._max_clients = max_clients
         self._announce = announce
         # The turn: held for a whole round, and by who enters and leaves. Outermost lock. Guards what follows.
         self._turn = threading.Lock()
-        self._members: list[Member] = [] if quiet else [console]
+        self._members: list[Member] = [*([] if quiet else [console]), *([log] if log else [])]
+        self._history = History(history)
         self._clients: dict[str, Client] = {}  # by label, folded
         # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
         self._queue_lock = threading.Lock()
@@ -603,7 +702,8 @@ class Room:
             self._console.say(f"New connection from : {client.address}")
             if self._announce:
                 self._give(client, self._who(client))
-                self._tell_others(client, f"* {client.label} joined")
+            self._pass_on(client, [memoryview(self._history.told())])
+            self._tell_of(client, "joined")
 
     def leave(self, client: Client) -> None:
         """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
@@ -616,8 +716,7 @@ class Room:
             client.heard_from = None  # or those who left would be kept in a chain
             self._members.remove(client)
             self._console.say("Connection closed")
-            if self._announce:
-                self._tell_others(client, f"* {client.label} left")
+            self._tell_of(client, "left")
         with self._queue_lock:
             self._on_time(client)
 
@@ -735,8 +834,10 @@ class Room:
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
         with self._turn:
-            for _ in self._clients:
+            for client in self._clients.values():
                 self._console.say("Connection closed")
+                if self._log:
+                    self._log.say(f"* {client.label} left")
             self._clients.clear()
             self._members.clear()
 
@@ -769,8 +870,13 @@ class Room:
         more = len(self._clients) - len(shown)
         return f"* {len(self._clients)} here: {names}" + (f", and {more} more" if more else "")
 
-    def _tell_others(self, client: Client, notice: str) -> None:
-        self._tell([other for other in self._clients.values() if other is not client], notice)
+    def _tell_of(self, client: Client, verb: str) -> None:
+        """Have the log tell that ``client`` joined or left, and with ``--announce`` everyone else."""
+        notice = f"* {client.label} {verb}"
+        if self._log:
+            self._log.say(notice)
+        if self._announce:
+            self._tell([other for other in self._clients.values() if other is not client], notice)
 
     def _tell(self, members: Iterable[Member], notice: str) -> None:
         for member in members:
@@ -781,6 +887,7 @@ class Room:
         while batch := self._next_batch():
             for member in self._members:
                 self._pass_on(member, batch.besides(member))
+            self._history.add(batch)
             # Who puts down something just after this look waits for the turn, or found somebody who does.
             if self._turn_is_awaited or not self._queue:
                 return
@@ -1009,19 +1116,11 @@ def obey(room: Room, client: Client, line: str) -> None:
 class Server:
     """Serves whoever connects to a listening socket, until a signal stops it."""
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        console: Writer,
-        errors: Writer,
-        max_clients: int | None,
-        quiet: bool,
-        announce: bool,
-    ) -> None:
+    def __init__(self, listener: socket.socket, room: Room, console: Writer, errors: Writer) -> None:
         self._listener = listener
         self._console = console
         self._errors = errors
-        self._room = Room(console, max_clients, quiet, announce)
+        self._room = room
         self._clients: set[Client] = set()  # all with a handler, in the room or not; one operation at a time is safe
         # What other threads ask of the server thread, and how they wake it.
         self._calls: collections.deque[Callable[[], object]] = collections.deque()
@@ -1372,6 +1471,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--max-clients", type=number(1, 1_000_000), metavar="N", help="so many at once (default: no limit)")
     option("--quiet", action="store_true", help="do not show chat lines and names here (default: show them)")
     option("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
+    option(
+        "--history",
+        type=number(0, 1_000_000),
+        default=0,
+        metavar="N",
+        help="tell newcomers the last N lines (default: 0)",
+    )
+    option("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
     option("--version", action="version", version=f"mychatserver {__version__}")
     options = parser.parse_args(argv)
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
@@ -1390,12 +1497,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, UnicodeError) as error:
             warn(listening_problem(error, options.host, options.port))
             return 1
-        console, errors = Writer(1), Writer(2)
+        console, errors = Stream(1), Stream(2)
+        writers: list[Writer] = [console, errors]
+        log = None
+        if options.log:
+            try:
+                log = Log(options.log, errors)
+            except OSError as error:
+                warn(f"Cannot write to {options.log}: {error.strerror}; give --log another file.")
+                return 1
+            writers.insert(0, log)
         say_where(console, errors, listener)
         threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(SWITCH_SECONDS)
-        status = Server(listener, console, errors, options.max_clients, options.quiet, options.announce).run()
-        for writer in (console, errors):
+        room = Room(console, log, options.max_clients, options.quiet, options.announce, options.history)
+        status = Server(listener, room, console, errors).run()
+        for writer in writers:
             writer.close(WRITER_SECONDS)
     except KeyboardInterrupt:  # before the server thread could see to it
         return 0

@@ -25,7 +25,7 @@ class Queue(TestCase):
 
     def test_lines_of_the_limit_do_not_pile_up_and_small_portions_pass(self) -> None:
         """A hundred at once, of bytes that each become three: else they could be more than a backlog may be."""
-        room = mychatserver.Room(cast(Any, Quiet()), None, quiet=False)
+        room = mychatserver.Room(cast(Any, Quiet()))
         room._members.clear()  # nobody hears anything: what is queued is what counts
         background, clients, peers = Background(), [], []
         for number in range(100):
