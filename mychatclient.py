@@ -24,9 +24,12 @@ import io
 import ipaddress
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
+import struct
+import subprocess
 import sys
 import threading
 import time
@@ -59,6 +62,20 @@ INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come jus
 STUCK_SECONDS = 1.0  # after which a main thread that has to end is stuck behind Ctrl-S
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
+
+DISCOVERY_GROUP = "239.255.109.99"  # and the port: see the server's Discovery
+DISCOVERY_PORT = 12000
+EVERYONE = "255.255.255.255"
+IP_PKTINFO = 8  # Linux: ip(7); the socket module names it from 3.14 on
+QUESTION_BYTES = 128  # of each question, and no answer has more
+ASK_SECONDS = 0.25  # until the question is asked again: a datagram may be lost, a sleeping radio late
+ASKS = 3, 8  # least, so that a second server is noticed too, and most, when nobody answers
+MOST_FOUND = 20  # servers: a rude neighbour could answer for thousands
+
+SSH_READY = b"mychat-is-through"  # what ssh has our side say when it has authenticated
+SSH_REFUSAL_SECONDS = 0.5  # in which the other machine most probably tells that no server is there
+SSH_ALIVE_SECONDS = 30  # between two signs of life: a router at home forgets a silent connection in minutes
+SSH_END_SECONDS = 1.0  # for ssh to take the last lines along and end
 
 
 # --- Lines: what may be shown, on anybody's screen --------------------------------------------------------------------
@@ -393,8 +410,10 @@ def connect(host: str, port: int) -> socket.socket:
     raise problem
 
 
-def connecting_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
+def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
+    if isinstance(error, NotConnected):
+        return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"Unknown host {host!r}: check the spelling; a port comes behind it, after a blank."
     if isinstance(error, ConnectionRefusedError):
@@ -644,6 +663,159 @@ class Conversation:
         return 1 if self._problem else 0
 
 
+# --- Finding a server: without an address, on the same network --------------------------------------------------------
+
+
+class NotConnected(Exception):
+    """Why there is no connection, and what to do, as one sentence."""
+
+
+def find_servers() -> list[tuple[str, str, int]]:
+    """Ask the network for servers that were started with ``--lan``; return the name, address and port of each.
+
+    The server's class Discovery tells what is sent and why. Blocks for as long as the least number of questions takes,
+    never less, because nothing tells that the last server has answered; when nobody answers, until the most were asked.
+    """
+    least, most = ASKS
+    found: dict[bytes, tuple[str, str, int]] = {}  # by the server's random id: one may be heard twice
+    tokens: set[bytes] = set()  # of our questions: an answer repeats one
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        for asked in range(1, most + 1):
+            token = secrets.token_hex(8).encode()
+            tokens.add(token)
+            ask(sock, b"mychat?1 " + token)
+            deadline = time.monotonic() + ASK_SECONDS
+            while (seconds := deadline - time.monotonic()) > 0:
+                sock.settimeout(seconds)
+                with contextlib.suppress(OSError):  # time is up; or, as Windows tells it, somebody cannot be asked
+                    data, (host, _) = sock.recvfrom(QUESTION_BYTES)
+                    # What is shown of it is safe on anybody's screen: it comes from strangers.
+                    answer = re.fullmatch(rb"mychat!1 (\w{16}) (\w{16}) (\d{1,5}) ([0-9A-Za-z.-]{1,63})", data)
+                    if answer and answer[1] in tokens and 0 < int(answer[3]) <= 65_535 and len(found) < MOST_FOUND:
+                        found.setdefault(answer[2], (answer[4].decode(), host, int(answer[3])))
+            if found and asked >= least:
+                break
+    return sorted(found.values())
+
+
+def ask(sock: socket.socket, question: bytes) -> None:
+    """Send a question to group and broadcast address: by every interface on Linux, else by the default route's."""
+    question = question.ljust(QUESTION_BYTES)
+    for address in (DISCOVERY_GROUP, EVERYONE):
+        if sys.platform == "linux":
+            for index, _ in socket.if_nameindex():
+                by_interface = (socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i8x", index))
+                with contextlib.suppress(OSError):  # it is down, or has no IPv4
+                    sock.sendmsg([question], [by_interface], 0, (address, DISCOVERY_PORT))
+        else:
+            with contextlib.suppress(OSError):  # no network
+                sock.sendto(question, (address, DISCOVERY_PORT))
+
+
+def the_server_found() -> tuple[str, int]:
+    """Return host and port of the one server on this network, and say so; raise NotConnected if it is not one."""
+    servers = find_servers()
+    if not servers:
+        raise NotConnected(
+            "No server answers on this network: check that one was started with --lan, that both machines are on the "
+            "same network, and that no firewall is between."
+        )
+    if len(servers) > 1:
+        commands = (f"\n{name}: python mychatclient.py {host} {port}" for name, host, port in servers)
+        raise NotConnected("Several servers answer; join one of them:" + "".join(commands))
+    name, host, port = servers[0]
+    warn(f"Joining the server on {name}: {host} port {port}.")
+    return host, port
+
+
+# --- Through ssh: to a server that listens only on its own machine, with the accounts that exist there ----------------
+
+
+@contextlib.contextmanager
+def through_ssh(target: str, host: str, port: int) -> Iterator[socket.socket]:
+    """Give a connection to ``host`` and ``port`` as ``target`` sees them, through the user's own ssh: ssh(1), -W.
+
+    Blocks while ssh connects, asks what it has to ask on the terminal, and authenticates: then it runs LocalCommand,
+    ssh_config(5), whose output comes to us as the first line. The chat begins behind that, so that only one of the two
+    reads the terminal at any time. Raises NotConnected; what ssh has to say about it is on standard error then.
+    Ctrl-C reaches ssh too, which leaves the terminal as it was; once it ends, so does the chat. At the end ssh is gone.
+    """
+    command = ["ssh", "-W", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    for option in (
+        "PermitLocalCommand=yes",
+        f"LocalCommand=echo {SSH_READY.decode()}",
+        "ControlPath=none",  # a connection that is shared runs no LocalCommand
+        f"ConnectTimeout={CONNECT_SECONDS:.0f}",
+        f"ServerAliveInterval={SSH_ALIVE_SECONDS}",
+    ):
+        command += ["-o", option]
+    try:
+        sock, child = start_on_socket([*command, "--", target])
+    except OSError as error:
+        raise NotConnected(f"Cannot run ssh here: {error.strerror}; install the OpenSSH client.") from None
+    try:
+        if not says(sock, SSH_READY):
+            raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
+        sock.settimeout(SSH_REFUSAL_SECONDS)
+        with contextlib.suppress(socket.timeout, TimeoutError):  # the server has nothing to say yet
+            if not sock.recv(1, socket.MSG_PEEK):
+                raise NotConnected(
+                    f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
+                    "behind the host; ssh says above what it found."
+                )
+        sock.settimeout(None)
+        yield sock
+    finally:
+        sock.close()
+        for end in (child.terminate, child.kill, lambda: None):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(SSH_END_SECONDS)
+                break
+            end()
+
+
+def start_on_socket(command: list[str]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start a program, and return it and a socket that is its standard input and output. Raises OSError."""
+    ours, theirs = socket.socketpair()
+    with contextlib.ExitStack() as unless_started:
+        unless_started.enter_context(ours)
+        unless_started.enter_context(theirs)
+        if sys.platform != "win32":
+            child = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno())  # noqa: S603 - no shell
+            theirs.close()
+        else:  # where a socket cannot be that: a pipe each way, and a thread that pumps
+            child = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+            assert child.stdin and child.stdout  # noqa: S101 - for mypy
+            receive = functools.partial(theirs.recv, READ_BYTES)
+            read = functools.partial(child.stdout.read, READ_BYTES)
+            no_more = functools.partial(theirs.shutdown, socket.SHUT_WR)
+            for pumped in ((receive, child.stdin.write, child.stdin.close), (read, theirs.sendall, no_more)):
+                threading.Thread(target=pump, args=pumped, daemon=True).start()
+        unless_started.pop_all()
+    return ours, child
+
+
+def pump(read: Callable[[], bytes], write: Callable[[bytes], object], end: Callable[[], object]) -> None:
+    """Write what can be read, until there is no more or nobody takes it. Blocks."""
+    with contextlib.suppress(OSError):  # ssh has ended, or the chat
+        while data := read():
+            write(data)
+    with contextlib.suppress(OSError):
+        end()
+
+
+def says(sock: socket.socket, expected: bytes) -> bool:
+    """Read ``sock`` up to the end of a line that is ``expected``, and no further; return whether it comes. Blocks."""
+    line = b""
+    while line.rstrip() != expected or not line.endswith(b"\n"):
+        byte = sock.recv(1)
+        if not byte:
+            return False
+        line = byte if line.endswith(b"\n") else line + byte
+    return True
+
+
 # --- The command line: whom to join, and what can go wrong ------------------------------------------------------------
 
 
@@ -688,9 +860,11 @@ def port_number(text: str) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     parser = argparse.ArgumentParser(prog="mychatclient", description="A chat client.", allow_abbrev=False)
-    parser.add_argument("host", nargs="?", default=DEFAULT_HOST, help="whom to join (default: %(default)s)")
+    parser.add_argument("host", nargs="?", help=f"whom to join (default: {DEFAULT_HOST})")
+    parser.add_argument("port", nargs="?", type=port_number, help=f"its port (default: {DEFAULT_PORT})")
+    parser.add_argument("--lan", action="store_true", help="find the server on this network (default: do not)")
     parser.add_argument(
-        "port", nargs="?", type=port_number, default=DEFAULT_PORT, help="its port (default: %(default)s)"
+        "--ssh", metavar="[USER@]MACHINE", help="join through ssh, as seen from there (default: do not)"
     )
     parser.add_argument("--time", action="store_true", help="show when each line came (default: do not)")
     parser.add_argument("--no-color", action="store_true", help="show no colours (default: show them in a terminal)")
@@ -699,6 +873,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"mychatclient {__version__}")
     options = parser.parse_args(argv)
+    if options.lan and (options.host is not None or options.ssh is not None):
+        parser.error("--lan finds host and port by itself: leave out what else tells whom to join")
+    if options.ssh is not None and (not options.ssh or options.ssh.startswith("-")):  # which ssh takes for an option
+        parser.error(f"{options.ssh!r} is no machine for ssh: [USER@]MACHINE")
+    options.host = DEFAULT_HOST if options.host is None else options.host
+    options.port = DEFAULT_PORT if options.port is None else options.port
     if options.host.isdigit():
         parser.error(f"{options.host} is no host; the port comes behind it: {DEFAULT_HOST} {options.host}")
     if options.host.startswith("[") and options.host.endswith("]"):
@@ -714,17 +894,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_every_address(options.host):
             warn(f"{options.host} is where a server listens, not an address to join: use one that the server printed.")
             return 1
-        try:
-            sock = connect(options.host, options.port)
-        except (OSError, UnicodeError) as error:
-            warn(connecting_problem(error, options.host, options.port))
-            forget_typed()
-            return 1
-        screen = screen_for(options)  # from here on a signal may find it
-        try:
-            return Conversation(sock, screen).run()
-        finally:
-            screen.close()
+        with contextlib.ExitStack() as at_the_end:
+            try:
+                if options.lan:
+                    options.host, options.port = the_server_found()
+                if options.ssh:
+                    sock = at_the_end.enter_context(through_ssh(options.ssh, options.host, options.port))
+                else:
+                    sock = connect(options.host, options.port)
+            except (NotConnected, OSError, UnicodeError) as error:
+                warn(connecting_problem(error, options.host, options.port))
+                forget_typed()
+                return 1
+            screen = screen_for(options)  # from here on a signal may find it
+            try:
+                return Conversation(sock, screen).run()
+            finally:
+                screen.close()
     except KeyboardInterrupt:
         return 130
 

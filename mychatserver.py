@@ -38,6 +38,7 @@ import ipaddress
 import itertools
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
@@ -89,6 +90,12 @@ ACCEPTS_A_PASS = 64  # before backlogs have their turn again
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
 REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
+
+DISCOVERY_GROUP = "239.255.109.99"  # and the port: see Discovery
+DISCOVERY_PORT = 12000
+QUESTION_BYTES = 128  # of each question, and more than any answer has: nobody can use us to send a third party more
+ANSWERS_A_SECOND = 20  # a class that comes at once finds the server in two seconds
+DATAGRAMS_A_PASS = 16  # before accepting and backlogs have their turn again
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent\n".encode()
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
@@ -793,9 +800,16 @@ class Server:
     """Serves whoever connects to a listening socket, until a signal stops it."""
 
     def __init__(
-        self, listener: socket.socket, console: Writer, errors: Writer, max_clients: int | None, quiet: bool
+        self,
+        listener: socket.socket,
+        console: Writer,
+        errors: Writer,
+        max_clients: int | None,
+        quiet: bool,
+        discovery: Discovery | None = None,
     ) -> None:
         self._listener = listener
+        self._discovery = discovery
         self._console = console
         self._errors = errors
         self._room = Room(console, max_clients, quiet)
@@ -834,6 +848,8 @@ class Server:
     def _serve(self) -> None:
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         self._listen()
+        if self._discovery:
+            self._selector.register(self._discovery, selectors.EVENT_READ, self._discovery.answer)
         while not self._stopping:
             self._pass(None)
         self._stop()
@@ -843,6 +859,9 @@ class Server:
         # 1. Nobody new: the port is free.
         self._pause()
         self._listener.close()
+        if self._discovery:
+            self._selector.unregister(self._discovery)
+            self._discovery.close()
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
         # 3. Everyone gets end-of-file behind what was queued; its handler leaves when the peer closes or says more.
@@ -1016,6 +1035,92 @@ class Server:
                 self._wake_writer.send(b"\0")
 
 
+# --- Discovery: how a client on the same network finds this server without an address ---------------------------------
+
+
+class Discovery:
+    """Answers ``mychatclient.py --lan``, which asks the whole network whether a server is there.
+
+    A question is one UDP datagram of QUESTION_BYTES: ``mychat?1 TOKEN`` and blanks, TOKEN being 16 hexadecimal digits.
+    The answer goes to the asker alone, ``mychat!1 TOKEN ID PORT NAME``: the question's TOKEN, so that nobody answers
+    who has not heard it; a random ID of 16 such digits, made at start, by which one server heard twice is one; the port
+    on which the chat listens; this host's name, of letters, digits, ``.`` and ``-``. Anything else is ignored.
+
+    Questions come to port 12000, the chat's own number, so that a firewall has one number to open; it stays that
+    whatever ``--port`` says, or who asks would have to know. They come to the group 239.255.109.99 ("mc" in ASCII), of
+    the scope that RFC 2365, 6.1 sets aside for one network, which no router passes on, and to the broadcast address,
+    255.255.255.255: some access points and switches lose the one and some the other, and broadcasts are heard on an
+    interface that came up after the start, too.
+    """
+
+    def __init__(self, port: int) -> None:
+        """Tell of a chat on ``port``. Raise OSError when the discovery port cannot be had."""
+        name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
+        self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
+        self._answered: collections.deque[tuple[float, bytes, object]] = collections.deque(maxlen=ANSWERS_A_SECOND)
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            # So that a second server on this machine hears the questions too.
+            if sys.platform == "darwin":
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            else:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._sock.bind(("", DISCOVERY_PORT))
+            self._sock.setblocking(False)
+        except OSError:
+            self._sock.close()
+            raise
+        # A struct ip_mreqn, ip(7), for each interface; the others know only the default route's.
+        interfaces = [index for index, _ in socket.if_nameindex()] if sys.platform == "linux" else []
+        for suffix in [index.to_bytes(4, sys.byteorder) for index in interfaces] or [b""]:
+            membership = socket.inet_aton(DISCOVERY_GROUP) + bytes(4) + suffix
+            with contextlib.suppress(OSError):  # no multicast there, or too many interfaces: broadcasts are heard
+                self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for a selector."""
+        return self._sock.fileno()
+
+    # Runs in the server thread
+
+    def answer(self) -> None:
+        """Read up to DATAGRAMS_A_PASS, and answer the questions among them. Never blocks, never raises."""
+        for _ in range(DATAGRAMS_A_PASS):
+            try:
+                data, asker = self._sock.recvfrom(QUESTION_BYTES + 1)
+            except BlockingIOError:
+                return
+            except OSError:  # of one datagram: as Windows tells that it is too long, or that an earlier asker has gone
+                continue
+            question = re.fullmatch(rb"mychat\?1 ([0-9a-f]{16}) +", data)
+            if question and len(data) == QUESTION_BYTES and self._may_answer(data, asker):
+                with contextlib.suppress(OSError):  # no way back to the asker
+                    self._sock.sendto(b"mychat!1 %s %s" % (question[1], self._fields), asker)
+
+    def _may_answer(self, data: bytes, asker: object) -> bool:
+        """Note a question; return whether it has no answer yet, and the last second has room for one."""
+        now = time.monotonic()
+        if any((data, asker) == (earlier, who) for _, earlier, who in self._answered):  # by broadcast and by group
+            return False
+        if len(self._answered) == ANSWERS_A_SECOND and now - self._answered[0][0] < 1.0:
+            return False
+        self._answered.append((now, data, asker))
+        return True
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._sock.close()
+
+
+def open_discovery(port: int, errors: Writer) -> Discovery | None:
+    """Return what answers for a chat on ``port``, or None after saying why there is no such thing."""
+    try:
+        return Discovery(port)
+    except OSError as error:
+        errors.say(f"--lan finds no server here: UDP port {DISCOVERY_PORT}: {error.strerror}; others join by address.")
+        return None
+
+
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
 
 
@@ -1040,6 +1145,17 @@ def open_listener(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def open_listener_everywhere(port: int) -> socket.socket:
+    """Return a socket that listens on all addresses: of IPv4 alone where the system has no socket for both."""
+    ipv4, both = EVERY_ADDRESS
+    try:
+        return open_listener(both, port)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        return open_listener(ipv4, port)
 
 
 def plain_address(address: tuple[str, int]) -> tuple[str, int]:
@@ -1069,18 +1185,21 @@ def addresses_for_others(host: str) -> list[str]:
     return usable
 
 
-def say_where(console: Writer, errors: Writer, listener: socket.socket) -> None:
-    """Show where the server listens, and how others can join if they can."""
+def say_where(console: Writer, errors: Writer, listener: socket.socket, lan: bool, found: bool) -> None:
+    """Show where the server listens, and how others can join if they can: also by ``--lan`` if it can be found."""
     host, port = listener.getsockname()[:2]
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
     if not ipaddress.ip_address(host).is_loopback:
-        errors.say("Anyone who can reach this server can join: --host 127.0.0.1 keeps the chat on this machine.")
+        way_back = "without --lan the chat stays" if lan else "--host 127.0.0.1 keeps the chat"
+        errors.say(f"Anyone who can reach this server can join: {way_back} on this machine.")
         # A thread, because the system may take its time to look up this machine's name.
-        threading.Thread(target=say_how_to_join, args=(console, host, port), daemon=True).start()
+        threading.Thread(target=say_how_to_join, args=(console, host, port, found), daemon=True).start()
 
 
-def say_how_to_join(console: Writer, host: str, port: int) -> None:
+def say_how_to_join(console: Writer, host: str, port: int, found: bool) -> None:
     """Show what others type to join. Blocks while the system looks up this machine's name."""
+    if found:
+        console.say("Others join with: python mychatclient.py --lan")
     others = addresses_for_others(host)
     for address in others:
         console.say(f"Others join with: python mychatclient.py {address}{'' if port == DEFAULT_PORT else f' {port}'}")
@@ -1143,7 +1262,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     parser = argparse.ArgumentParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
     option = parser.add_argument
-    option("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
+    where = parser.add_mutually_exclusive_group().add_argument
+    where("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
+    where("--lan", action="store_true", help="listen on all addresses and be found by clients (default: off)")
     option("--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
     option("--max-clients", type=number(1, 1_000_000), metavar="N", help="so many at once (default: no limit)")
     option("--quiet", action="store_true", help="do not show chat lines here (default: show them)")
@@ -1161,15 +1282,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse_args(argv)
         raise_descriptor_limit()
         try:
-            listener = open_listener(options.host, options.port)
+            if options.lan:
+                listener = open_listener_everywhere(options.port)
+            else:
+                listener = open_listener(options.host, options.port)
         except (OSError, UnicodeError) as error:
             warn(listening_problem(error, options.host, options.port))
             return 1
         console, errors = Writer(1), Writer(2)
-        say_where(console, errors, listener)
+        discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
+        say_where(console, errors, listener, options.lan, discovery is not None)
         threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(SWITCH_SECONDS)
-        status = Server(listener, console, errors, options.max_clients, options.quiet).run()
+        status = Server(listener, console, errors, options.max_clients, options.quiet, discovery).run()
         for writer in (console, errors):
             writer.close(WRITER_SECONDS)
     except KeyboardInterrupt:  # before the server thread could see to it
