@@ -95,7 +95,8 @@ DISCOVERY_GROUP = "239.255.109.99"  # and the port: see Discovery
 DISCOVERY_PORT = 12000
 QUESTION_BYTES = 128  # of each question, and more than any answer has: nobody can use us to send a third party more
 ANSWERS_A_SECOND = 20  # a class that comes at once finds the server in two seconds
-DATAGRAMS_A_PASS = 16  # before accepting and backlogs have their turn again
+DATAGRAMS_A_PASS = 16  # read before accepting and backlogs have their turn again
+DATAGRAMS_A_SECOND = 5_000  # a flood of more is left to the system, which drops it: a few per cent of a processor
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent\n".encode()
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
@@ -822,6 +823,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._behind: set[Client] = set()  # those with a backlog: watched until they can take more
         self._listening = False
+        self._hearing = False  # questions to the discovery; until there are too many of them
         self._stopping = False
         self._next_tick = 0.0
         self._stopped = False
@@ -848,8 +850,7 @@ class Server:
     def _serve(self) -> None:
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         self._listen()
-        if self._discovery:
-            self._selector.register(self._discovery, selectors.EVENT_READ, self._discovery.answer)
+        self._hear()
         while not self._stopping:
             self._pass(None)
         self._stop()
@@ -860,7 +861,7 @@ class Server:
         self._pause()
         self._listener.close()
         if self._discovery:
-            self._selector.unregister(self._discovery)
+            self._stop_hearing()
             self._discovery.close()
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
@@ -875,7 +876,7 @@ class Server:
 
     def _pass(self, seconds: float | None) -> None:
         """Wait for something to do, so long at most, and do it."""
-        if self._behind or not self._listening:
+        if self._clock_runs():
             until_tick = max(0.0, self._next_tick - time.monotonic())
             seconds = until_tick if seconds is None else min(seconds, until_tick)
         for key, _ in self._selector.select(seconds):
@@ -884,7 +885,7 @@ class Server:
             self._tick()
 
     def _tick(self) -> None:
-        """Once a second while there is a backlog or nobody accepts: hold everyone to the floor, and accept again."""
+        """Once a second while the clock runs: hold everyone to the floor, accept and hear again."""
         self._next_tick = time.monotonic() + 1.0
         for client in list(self._behind):
             # Tried even if the selector is silent: Linux calls a socket writable only with a third of its buffer free.
@@ -892,6 +893,10 @@ class Server:
                 self._room.end(client)
         if not self._stopping:
             self._listen()
+            self._hear()
+
+    def _clock_runs(self) -> bool:
+        return bool(self._behind) or not self._listening or (self._discovery is not None and not self._hearing)
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):  # read empty
@@ -911,6 +916,22 @@ class Server:
         if self._listening:
             self._selector.unregister(self._listener)
             self._listening = False
+
+    def _hear(self) -> None:
+        if self._discovery and not self._hearing:
+            self._selector.register(self._discovery, selectors.EVENT_READ, self._asked)
+            self._hearing = True
+
+    def _stop_hearing(self) -> None:
+        if self._discovery and self._hearing:
+            self._selector.unregister(self._discovery)
+            self._hearing = False
+
+    def _asked(self) -> None:
+        if self._discovery and not self._discovery.answer():
+            if not self._clock_runs():
+                self._next_tick = time.monotonic() + 1.0
+            self._stop_hearing()
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_A_PASS):
@@ -949,7 +970,7 @@ class Server:
 
     def _watch(self, client: Client) -> None:
         if client not in self._behind and not client.ended:
-            if not self._behind and self._listening:  # else the clock runs already
+            if not self._clock_runs():
                 self._next_tick = time.monotonic() + 1.0
             self._behind.add(client)
             if len(self._behind) < MAX_WATCHED:  # the rest wait for the next tick
@@ -1058,6 +1079,7 @@ class Discovery:
         name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
         self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
         self._answered: collections.deque[tuple[float, bytes, object]] = collections.deque(maxlen=ANSWERS_A_SECOND)
+        self._second, self._count = 0.0, 0  # when the last second began, and how much was read in it
         self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             # So that a second server on this machine hears the questions too.
@@ -1083,23 +1105,27 @@ class Discovery:
 
     # Runs in the server thread
 
-    def answer(self) -> None:
-        """Read up to DATAGRAMS_A_PASS, and answer the questions among them. Never blocks, never raises."""
+    def answer(self) -> bool:
+        """Read up to DATAGRAMS_A_PASS, and answer the questions among them; return whether to go on. Never blocks."""
+        now = time.monotonic()
+        if now - self._second >= 1.0:
+            self._second, self._count = now, 0
         for _ in range(DATAGRAMS_A_PASS):
+            self._count += 1
             try:
                 data, asker = self._sock.recvfrom(QUESTION_BYTES + 1)
             except BlockingIOError:
-                return
+                break
             except OSError:  # of one datagram: as Windows tells that it is too long, or that an earlier asker has gone
                 continue
             question = re.fullmatch(rb"mychat\?1 ([0-9a-f]{16}) +", data)
-            if question and len(data) == QUESTION_BYTES and self._may_answer(data, asker):
+            if question and len(data) == QUESTION_BYTES and self._may_answer(data, asker, now):
                 with contextlib.suppress(OSError):  # no way back to the asker
                     self._sock.sendto(b"mychat!1 %s %s" % (question[1], self._fields), asker)
+        return self._count < DATAGRAMS_A_SECOND
 
-    def _may_answer(self, data: bytes, asker: object) -> bool:
+    def _may_answer(self, data: bytes, asker: object, now: float) -> bool:
         """Note a question; return whether it has no answer yet, and the last second has room for one."""
-        now = time.monotonic()
         if any((data, asker) == (earlier, who) for _, earlier, who in self._answered):  # by broadcast and by group
             return False
         if len(self._answered) == ANSWERS_A_SECOND and now - self._answered[0][0] < 1.0:
