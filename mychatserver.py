@@ -1092,12 +1092,9 @@ class Discovery:
         except OSError:
             self._sock.close()
             raise
-        # A struct ip_mreqn, ip(7), for each interface; the others know only the default route's.
-        interfaces = [index for index, _ in socket.if_nameindex()] if sys.platform == "linux" else []
-        for suffix in [index.to_bytes(4, sys.byteorder) for index in interfaces] or [b""]:
-            membership = socket.inet_aton(DISCOVERY_GROUP) + bytes(4) + suffix
+        for index in [index for index, _ in socket.if_nameindex()] if sys.platform == "linux" else [0]:
             with contextlib.suppress(OSError):  # no multicast there, or too many interfaces: broadcasts are heard
-                self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+                self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(index))
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -1136,6 +1133,12 @@ class Discovery:
     def close(self) -> None:
         """Answer no more."""
         self._sock.close()
+
+
+def membership(index: int) -> bytes:
+    """Return the group by the interface of this index: Linux's struct ip_mreqn, ip(7); else by the default route's."""
+    group_and_address = socket.inet_aton(DISCOVERY_GROUP) + bytes(4)
+    return group_and_address + index.to_bytes(4, sys.byteorder) if sys.platform == "linux" else group_and_address
 
 
 def open_discovery(port: int, errors: Writer) -> Discovery | None:
@@ -1201,6 +1204,12 @@ def addresses_for_others(host: str) -> list[str]:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:  # no such route
             asking.connect((target, 9))
             found.append(asking.getsockname()[0])
+    if not found and sys.platform == "linux":  # no way out of this network: the way to a group by each interface
+        for index, _ in socket.if_nameindex():
+            with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+                asking.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, membership(index))
+                asking.connect((DISCOVERY_GROUP, 9))
+                found.append(asking.getsockname()[0])
     with contextlib.suppress(OSError):  # the machine does not know its own name
         found += [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)]
     usable = []
