@@ -789,20 +789,24 @@ def start_on_socket(command: list[str]) -> tuple[socket.socket, subprocess.Popen
             assert child.stdin and child.stdout  # noqa: S101 - for mypy
             receive = functools.partial(theirs.recv, READ_BYTES)
             read = functools.partial(child.stdout.read, READ_BYTES)
-            no_more = functools.partial(theirs.shutdown, socket.SHUT_WR)
-            for pumped in ((receive, child.stdin.write, child.stdin.close), (read, theirs.sendall, no_more)):
+            no_more = functools.partial(theirs.shutdown, socket.SHUT_RDWR)
+            for pumped in (
+                (receive, child.stdin.write, child.stdin.close),
+                (read, theirs.sendall, no_more, theirs.close),
+            ):
                 threading.Thread(target=pump, args=pumped, daemon=True).start()
         unless_started.pop_all()
     return ours, child
 
 
-def pump(read: Callable[[], bytes], write: Callable[[bytes], object], end: Callable[[], object]) -> None:
+def pump(read: Callable[[], bytes], write: Callable[[bytes], object], *ends: Callable[[], object]) -> None:
     """Write what can be read, until there is no more or nobody takes it. Blocks."""
     with contextlib.suppress(OSError):  # ssh has ended, or the chat
         while data := read():
             write(data)
-    with contextlib.suppress(OSError):
-        end()
+    for end in ends:
+        with contextlib.suppress(OSError):  # likewise
+            end()
 
 
 def says(sock: socket.socket, expected: bytes) -> bool:
