@@ -9,6 +9,9 @@ The threads, and who owns what
     main      the input loop: blocks in ``input()`` or in reading the pipe, and sends.
     receive   reads the connection and has the screen show it. When the connection ends it interrupts the input loop.
 
+``--lan`` finds a server on the same network; ``--ssh`` reaches one through the user's own ssh, a program of its own
+beside this one, on whose standard input and output the chat then runs as on any socket.
+
 The wire is lines of UTF-8, as the server's docstring tells. A server that never sends a newline is shown too: what it
 sent counts as a line after a second of silence.
 """

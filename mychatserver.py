@@ -16,6 +16,7 @@ The threads, and who owns what
     server thread   accepts, starts the handlers, empties backlogs, keeps the clock; owns the selector.
     handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
     console         writes what is shown on standard output, however slow that is.
+    With ``--lan`` the server thread also answers the questions of ``mychatclient.py --lan``: see Discovery.
 
 The relay
     Handlers read blocks of lines, not lines. One handler at a time has the turn: it takes what the others have put

@@ -37,6 +37,7 @@ from tests.support import (
     numbered_lines,
 )
 from tests.test_client import silent_port
+from tests.test_server import has_ipv6
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") or ""
 GREETING = "Connected to chat server. Type 'exit' to leave."
@@ -194,12 +195,12 @@ class Chat(ThroughSsh):
                     self.assertEqual(program.wait(), 0)
                     server.expect("Connection closed")
 
+    @unittest.skipUnless(has_ipv6(), "needs IPv6")
     def test_ipv6_there(self) -> None:
-        try:
-            listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
-        except OSError:
-            self.skipTest("needs network namespaces: here is no IPv6")
-        with listener, self.client("[::1]", str(listener.getsockname()[1])) as program:
+        with (
+            socket.create_server(("::1", 0), family=socket.AF_INET6) as listener,
+            self.client("[::1]", str(listener.getsockname()[1])) as program,
+        ):
             listener.settimeout(SECONDS)
             connection, _ = listener.accept()
             with connection:
