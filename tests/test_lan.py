@@ -211,7 +211,7 @@ class Hosts(TestCase):
 
     def test_where_a_network_loses_group_or_broadcast_the_other_is_enough(self) -> None:
         self.cable()
-        with self.here.server() as server:
+        with self.here.server():
             for lost in ("c.EVERYONE = c.DISCOVERY_GROUP", "c.DISCOVERY_GROUP = c.EVERYONE"):
                 script = f"import sys, mychatclient as c; {lost}; sys.exit(c.main(['--lan']))"
                 with self.subTest(lost=lost), self.there.python("-c", script) as client:
