@@ -8,6 +8,10 @@ server closes.
 The threads, and who owns what
     main      the input loop: blocks in ``input()`` or in reading the pipe, and sends.
     receive   reads the connection and has the screen show it. When the connection ends it interrupts the input loop.
+    watch     reads the numbers of signals as they come, and sees to it that the main thread handles them.
+
+``--lan`` finds a server on the same network; ``--ssh`` reaches one through the user's own ssh, a program of its own
+beside this one, on whose standard input and output the chat then runs as on any socket.
 
 The wire is lines of UTF-8, as the server's docstring tells. A server that never sends a newline is shown too: what it
 sent counts as a line after a second of silence.
@@ -24,9 +28,12 @@ import io
 import ipaddress
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
+import struct
+import subprocess
 import sys
 import threading
 import time
@@ -58,9 +65,29 @@ RL_STATE_CALLBACK = 0x80000  # a line is being edited: readline.h
 RL_STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
 INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
-STUCK_SECONDS = 1.0  # after which a main thread that has to end is stuck behind Ctrl-S
+STUCK_SECONDS = 2.0  # after which a main thread that has to end is stuck, behind Ctrl-S for example
+
+if sys.platform == "win32":
+    NO_SIGNALS, LAST_SIGNALS = {0}, {signal.SIGINT}
+else:
+    NO_SIGNALS = {signal.SIGURG}  # it is ours: to interrupt the main thread
+    LAST_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
+
+DISCOVERY_GROUP = "239.255.109.99"  # and the port: see the server's Discovery
+DISCOVERY_PORT = 12000
+EVERYONE = "255.255.255.255"
+IP_PKTINFO = 8  # Linux: ip(7); the socket module names it from 3.14 on
+QUESTION_BYTES = 128  # of each question, and no answer has more
+ASK_SECONDS = 0.25  # until the question is asked again: a datagram may be lost, a sleeping radio late
+ASKS = 3, 8  # least, so that a second server is noticed too, and most, when nobody answers
+MOST_FOUND = 20  # servers: a rude neighbour could answer for thousands
+
+SSH_READY = b"mychat-is-through"  # what ssh has our side say when it has authenticated
+SSH_REFUSAL_SECONDS = 0.5  # in which the other machine most probably tells that no server is there
+SSH_ALIVE_SECONDS = 30  # between two signs of life: a router at home forgets a silent connection in minutes
+SSH_END_SECONDS = 1.0  # for ssh to take the last lines along and end
 
 
 # --- Lines: what may be shown, on anybody's screen --------------------------------------------------------------------
@@ -168,15 +195,14 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Show a line of our own."""
-        with self._lock:
-            self._write(f"{text}\n".encode())
-
-    def draw(self) -> None:
-        """Show what another thread wants shown, if only the main thread can."""
+        self._show_own(f"{text}\n".encode())
 
     def notice(self, text: str) -> None:
         """Show a notice of our own, from the main thread, as if it came from the server."""
-        self.say(self._style.rows(f"{text}\n".encode()).decode()[:-1])
+        self._show_own(self._style.rows(f"{text}\n".encode()))
+
+    def draw(self) -> None:
+        """Show what another thread wants shown, if only the main thread can."""
 
     def line(self, unsent: str) -> str:
         """Return the next line that a person enters, beginning with ``unsent`` if possible.
@@ -191,7 +217,7 @@ class Screen:
             self.say("")
 
     def release(self) -> None:
-        """Let go on who writes, if the terminal is stopped by Ctrl-S."""
+        """Let go on who writes, if the terminal takes nothing more; what waited to be shown may be lost."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -201,6 +227,10 @@ class Screen:
         self.close()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
+
+    def _show_own(self, data: bytes) -> None:
+        with self._lock:
+            self._write(data)
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -254,6 +284,7 @@ if sys.platform != "win32":
             # Once, now, and no more: between two lines, where readline would reset the terminal, the kernel would echo
             # what is typed or pasted, and readline show it again.
             self._readline.rl_prep_terminal(1)
+            self._prepared = termios.tcgetattr(0)
             for name in ("rl_prep_term_function", "rl_deprep_term_function"):
                 ctypes.c_void_p.in_dll(self._readline, name).value = None
             self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
@@ -261,6 +292,7 @@ if sys.platform != "win32":
             self._drawing = False  # the main thread is in the middle of writing
             for number, handler in (
                 (signal.SIGTSTP, self._suspend),
+                (signal.SIGCONT, self._resume),
                 (signal.SIGTERM, self.die),
                 (signal.SIGHUP, self.die),
                 (signal.SIGQUIT, self.die),
@@ -295,10 +327,10 @@ if sys.platform != "win32":
                 self._drawing = False
                 self._shown.set()
 
-        def say(self, text: str) -> None:
+        def _show_own(self, data: bytes) -> None:
             self._drawing = True
             try:
-                self._write(f"{text}\n".encode())
+                self._write(data)
             finally:
                 self._drawing = False
 
@@ -324,34 +356,43 @@ if sys.platform != "win32":
         def _suspend(self, number: int, _: object) -> None:
             """Give the terminal to the shell and stop, as Ctrl-Z asks; go on where it was when continued."""
             was_drawing, self._drawing = self._drawing, True  # what comes waits, or it is drawn before the line is back
-            prepared = termios.tcgetattr(0)
-            self.close()
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            signal.signal(number, self._suspend)
-            termios.tcsetattr(0, termios.TCSADRAIN, prepared)
-            if self._half_typed():
+            try:
+                if self._half_typed():
+                    self._clear_line()
+                self.close()
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)  # in a group without a shell this does nothing
+                signal.signal(number, self._suspend)
+                self._resume()
+            finally:
+                self._drawing = was_drawing
+
+        def _resume(self, *_: object) -> None:
+            """Make the terminal ours again, and draw the line, if somebody else has had it."""
+            if termios.tcgetattr(0) != self._prepared and self._set_terminal(self._prepared) and self._half_typed():
                 self._draw_line()
-            self._drawing = was_drawing
 
         def die(self, number: int, frame: object) -> None:
             self.leave_line(ctrl_c=False)
             super().die(number, frame)
 
-        # Called from either thread
+        # Called from any thread
 
         def release(self) -> None:
             with contextlib.suppress(termios.error):  # it is gone
                 settings = termios.tcgetattr(0)
-                settings[0] &= ~termios.IXON
-                self._set_terminal(settings)
+                settings[0] &= ~termios.IXON  # which ends what Ctrl-S has begun
+                if self._set_terminal(settings):
+                    termios.tcflush(1, termios.TCOFLUSH)
 
-        def _set_terminal(self, settings: list[Any]) -> None:
+        def _set_terminal(self, settings: list[Any]) -> bool:
+            """Change the terminal's settings, if this process may; return whether that is so."""
             with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
                 if os.tcgetpgrp(0) != os.getpgrp():  # only who is in the foreground may
-                    return
+                    return False
             with contextlib.suppress(termios.error):  # it is gone
                 termios.tcsetattr(0, termios.TCSANOW, settings)
+            return True
 
         def _completion(self, begun: str, number: int) -> str | None:
             """Return the label of that number, of those seen that begin so."""
@@ -454,8 +495,10 @@ def connect(host: str, port: int) -> socket.socket:
     raise problem
 
 
-def connecting_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
+def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
+    if isinstance(error, NotConnected):
+        return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"Unknown host {host!r}: check the spelling; a port comes behind it, after a blank."
     if isinstance(error, ConnectionRefusedError):
@@ -469,43 +512,38 @@ class Interrupted(Exception):
     """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
 
 
-def interrupt_main_thread(until: threading.Event, seconds: float = float("inf")) -> bool:
+def interrupt_main_thread(until: threading.Event, seconds: float = float("inf")) -> None:
     """Interrupt what the main thread waits in, so that Python calls the handlers of signals there, ``until`` is set.
 
     Again and again, for so many seconds at most: a signal that comes just before a blocking call does not interrupt it.
-    Return whether ``until`` is set.
+    Time in which the process is stopped does not count.
     """
-    if sys.platform != "win32":
-        deadline = time.monotonic() + seconds
-        while not until.is_set() and time.monotonic() < deadline:
+    while not until.is_set() and seconds > 0:
+        if sys.platform != "win32":
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
-            until.wait(INTERRUPT_SECONDS)
-    return until.is_set()
+        until.wait(INTERRUPT_SECONDS)
+        seconds -= INTERRUPT_SECONDS
 
 
-def received(sock: socket.socket, interrupt: socket.socket, wake_main: Callable[[], None]) -> Iterator[bytes]:
+def wait_while_running(seconds: float) -> None:
+    """Wait for so long; time in which the process is stopped does not count."""
+    for _ in range(int(seconds / INTERRUPT_SECONDS)):
+        time.sleep(INTERRUPT_SECONDS)
+
+
+def received(sock: socket.socket) -> Iterator[bytes]:
     """Yield what the server sends in blocks of whole lines, an unfinished last one at end-of-file.
 
     As long as the server has sent no newline, a piece of two or more characters and a second of silence are a line.
-    Blocks until something comes. Raises OSError when the connection is lost, Interrupted when ``interrupt`` tells of
-    SIGINT; of any other signal ``wake_main`` is called.
+    Blocks until something comes. Raises OSError when the connection is lost.
     """
     partial = b""
     sends_newlines = False
     silence: float | None = None  # so many seconds of it would end the unfinished line
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
-        selector.register(interrupt, selectors.EVENT_READ)
         while True:
-            ready = [key.fileobj for key, _ in selector.select(silence)]
-            if interrupt in ready:
-                numbers = interrupt.recv(READ_BYTES)
-                if signal.SIGINT in numbers:
-                    raise Interrupted
-                if sys.platform != "win32" and numbers.strip(bytes([signal.SIGURG])):
-                    wake_main()
-            if ready and sock not in ready:
-                continue
+            ready = selector.select(silence)
             data = sock.recv(READ_BYTES) if ready else b""
             end = data.rfind(b"\n") + 1
             sends_newlines = sends_newlines or end > 0
@@ -590,12 +628,13 @@ class Conversation:
         self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
         # A signal's number can be read here as it comes. Python calls its handler later, when the main thread gets to
         # it: never, for one that comes just before a blocking read.
-        self._interrupt, self._signals = socket.socketpair()
+        self._numbers, self._signals = socket.socketpair()
         self._signals.setblocking(False)
         # Set by the main thread, where signal handlers run too.
         self._waiting = False  # for input, or for the server to close: may be interrupted
         self._done_waiting = threading.Event()
         self._awake = threading.Event()
+        self._interrupting = False  # in the handler: an Event must not be set in the middle of its being set
         self._leaving = False  # so that the server's end-of-file is no surprise
         # Set by either.
         self._ctrl_c = False
@@ -612,6 +651,7 @@ class Conversation:
             signal.signal(signal.SIGINT, self._on_ctrl_c)
         if sys.platform != "win32":
             signal.signal(signal.SIGURG, self._on_interrupt)  # nobody sends it but this program itself
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._screen.say(GREETING)
         self._receiver.start()
         try:
@@ -623,6 +663,8 @@ class Conversation:
                 self._waiting = False
                 self._done_waiting.set()
         except Interrupted:
+            with contextlib.suppress(OSError):  # it is lost
+                self._sock.shutdown(socket.SHUT_RDWR)
             self._receiver.join(LEAVE_SECONDS)
         return self._farewell()
 
@@ -650,20 +692,26 @@ class Conversation:
             signal.raise_signal(signal.SIGURG)
 
     def _on_interrupt(self, *_: object) -> None:
-        self._awake.set()
-        self._screen.draw()
-        if self._waiting and (self._ctrl_c or self._received_all):
-            self._waiting = False  # once is enough
-            self._done_waiting.set()
-            self._screen.leave_line(self._ctrl_c)
-            raise Interrupted
+        if self._interrupting:
+            return
+        self._interrupting = True
+        try:
+            self._awake.set()
+            self._screen.draw()
+            if self._waiting and (self._ctrl_c or self._received_all):
+                self._waiting = False  # once is enough
+                self._done_waiting.set()
+                self._screen.leave_line(self._ctrl_c)
+                raise Interrupted
+        finally:
+            self._interrupting = False
 
     # Runs in the receive thread
 
     def _receive(self) -> None:
         """Show what comes until the connection ends; then get the main thread out of its wait for input."""
         try:
-            for block in lines_to_show(received(self._sock, self._interrupt, self._wake_main)):
+            for block in lines_to_show(received(self._sock)):
                 self._screen.show(block)
                 if self._screen.gone:
                     break
@@ -671,25 +719,41 @@ class Conversation:
                 self._problem = SERVER_CLOSED
         except WrongServer as error:
             self._problem = str(error)
-        except Interrupted:
-            self._ctrl_c = True
         except OSError as error:
             self._problem = f"{error.strerror}; check the network, and whether the server still runs."
         self._received_all = True
-        if self._ctrl_c:
-            self._done_waiting.wait(INTERRUPT_SECONDS)  # the main thread has most probably seen it
+        self._interrupt_input()
+
+    # Runs in the watch thread
+
+    def _watch(self) -> None:
+        """Have the main thread handle each signal, and end the program if it has to end and cannot."""
+        while True:
+            numbers = set(self._numbers.recv(READ_BYTES))
+            if signal.SIGINT in numbers:
+                self._ctrl_c = True
+                self._done_waiting.wait(INTERRUPT_SECONDS)  # the main thread has most probably seen it
+                self._interrupt_input(STUCK_SECONDS)
+            elif numbers - NO_SIGNALS:
+                self._awake.clear()
+                interrupt_main_thread(self._awake, STUCK_SECONDS)
+            ending = numbers & LAST_SIGNALS
+            if ending:
+                wait_while_running(STUCK_SECONDS)  # the program has ended, and this thread too, unless it is stuck
+                self._screen.release()
+                interrupt_main_thread(threading.Event(), STUCK_SECONDS)
+                self._screen.close()
+                os._exit(128 + min(ending))
+
+    # Runs in either of these two
+
+    def _interrupt_input(self, seconds: float = float("inf")) -> None:
+        """Get the main thread out of its wait for input, in so many seconds at most."""
         if sys.platform == "win32" and not self._done_waiting.is_set():  # where nothing ends a blocking input()
             os._exit(self._farewell())
-        interrupt_main_thread(self._done_waiting)
+        interrupt_main_thread(self._done_waiting, seconds)
 
-    def _wake_main(self) -> None:
-        """Have the main thread run the handlers of signals: one that came just before it blocked would wait."""
-        self._awake.clear()
-        if not interrupt_main_thread(self._awake, STUCK_SECONDS):
-            self._screen.release()
-            interrupt_main_thread(self._awake)
-
-    # Runs in either
+    # Runs in any of the three
 
     def _farewell(self) -> int:
         """Say how the conversation ended; return the exit status."""
@@ -706,6 +770,163 @@ class Conversation:
             forget_typed()
         self._screen.say(FAREWELL)
         return 1 if self._problem else 0
+
+
+# --- Finding a server: without an address, on the same network --------------------------------------------------------
+
+
+class NotConnected(Exception):
+    """Why there is no connection, and what to do, as one sentence."""
+
+
+def find_servers() -> list[tuple[str, str, int]]:
+    """Ask the network for servers that were started with ``--lan``; return the name, address and port of each.
+
+    The server's class Discovery tells what is sent and why. Blocks for as long as the least number of questions takes,
+    never less, because nothing tells that the last server has answered; when nobody answers, until the most were asked.
+    """
+    least, most = ASKS
+    found: dict[bytes, tuple[str, str, int]] = {}  # by the server's random id: one may be heard twice
+    tokens: set[bytes] = set()  # of our questions: an answer repeats one
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        for asked in range(1, most + 1):
+            token = secrets.token_hex(8).encode()
+            tokens.add(token)
+            ask(sock, b"mychat?1 " + token)
+            deadline = time.monotonic() + ASK_SECONDS
+            while (seconds := deadline - time.monotonic()) > 0:
+                sock.settimeout(seconds)
+                with contextlib.suppress(OSError):  # time is up; or, as Windows tells it, somebody cannot be asked
+                    data, (host, _) = sock.recvfrom(QUESTION_BYTES)
+                    # What is shown of it is safe on anybody's screen: it comes from strangers.
+                    answer = re.fullmatch(rb"mychat!1 (\w{16}) (\w{16}) (\d{1,5}) ([0-9A-Za-z.-]{1,63})", data)
+                    if answer and answer[1] in tokens and 0 < int(answer[3]) <= 65_535 and len(found) < MOST_FOUND:
+                        found.setdefault(answer[2], (answer[4].decode(), host, int(answer[3])))
+            if found and asked >= least:
+                break
+    return sorted(found.values())
+
+
+def ask(sock: socket.socket, question: bytes) -> None:
+    """Send a question to group and broadcast address: by every interface on Linux, else by the default route's."""
+    question = question.ljust(QUESTION_BYTES)
+    for address in (DISCOVERY_GROUP, EVERYONE):
+        if sys.platform == "linux":
+            for index, _ in socket.if_nameindex():
+                by_interface = (socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i8x", index))
+                with contextlib.suppress(OSError):  # it is down, or has no IPv4
+                    sock.sendmsg([question], [by_interface], 0, (address, DISCOVERY_PORT))
+        else:
+            with contextlib.suppress(OSError):  # no network
+                sock.sendto(question, (address, DISCOVERY_PORT))
+
+
+def the_server_found() -> tuple[str, int]:
+    """Return host and port of the one server on this network, and say so; raise NotConnected if it is not one."""
+    servers = find_servers()
+    if not servers:
+        raise NotConnected(
+            "No server answers on this network: check that one was started with --lan, that both machines are on the "
+            "same network, and that no firewall is between."
+        )
+    if len(servers) > 1:
+        commands = (f"\n{name}: python mychatclient.py {host} {port}" for name, host, port in servers)
+        raise NotConnected("Several servers answer; join one of them:" + "".join(commands))
+    name, host, port = servers[0]
+    warn(f"Joining the server on {name}: {host} port {port}.")
+    return host, port
+
+
+# --- Through ssh: to a server that listens only on its own machine, with the accounts that exist there ----------------
+
+
+@contextlib.contextmanager
+def through_ssh(target: str, host: str, port: int) -> Iterator[socket.socket]:
+    """Give a connection to ``host`` and ``port`` as ``target`` sees them, through the user's own ssh: ssh(1), -W.
+
+    Blocks while ssh connects, asks what it has to ask on the terminal, and authenticates: then it runs LocalCommand,
+    ssh_config(5), whose output comes to us as the first line. The chat begins behind that, so that only one of the two
+    reads the terminal at any time. Raises NotConnected; what ssh has to say about it is on standard error then.
+    Ctrl-C reaches ssh too, which leaves the terminal as it was; once it ends, so does the chat. At the end ssh is gone.
+    """
+    command = ["ssh", "-W", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    for option in (
+        "PermitLocalCommand=yes",
+        f"LocalCommand=echo {SSH_READY.decode()}",
+        "ControlPath=none",  # a connection that is shared runs no LocalCommand
+        f"ConnectTimeout={CONNECT_SECONDS:.0f}",
+        f"ServerAliveInterval={SSH_ALIVE_SECONDS}",
+    ):
+        command += ["-o", option]
+    try:
+        sock, child = start_on_socket([*command, "--", target])
+    except OSError as error:
+        raise NotConnected(f"Cannot run ssh here: {error.strerror}; install the OpenSSH client.") from None
+    try:
+        if not says(sock, SSH_READY):
+            raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
+        sock.settimeout(SSH_REFUSAL_SECONDS)
+        with contextlib.suppress(socket.timeout, TimeoutError):  # the server has nothing to say yet
+            if not sock.recv(1, socket.MSG_PEEK):
+                raise NotConnected(
+                    f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
+                    "behind the host; ssh says above what it found."
+                )
+        sock.settimeout(None)
+        yield sock
+    finally:
+        sock.close()
+        for end in (child.terminate, child.kill, lambda: None):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(SSH_END_SECONDS)
+                break
+            end()
+
+
+def start_on_socket(command: list[str]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start a program, and return it and a socket that is its standard input and output. Raises OSError."""
+    ours, theirs = socket.socketpair()
+    with contextlib.ExitStack() as unless_started:
+        unless_started.enter_context(ours)
+        unless_started.enter_context(theirs)
+        if sys.platform != "win32":
+            child = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno())  # noqa: S603 - no shell
+            theirs.close()
+        else:  # where a socket cannot be that: a pipe each way, and a thread that pumps
+            child = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+            assert child.stdin and child.stdout  # noqa: S101 - for mypy
+            receive = functools.partial(theirs.recv, READ_BYTES)
+            read = functools.partial(child.stdout.read, READ_BYTES)
+            no_more = functools.partial(theirs.shutdown, socket.SHUT_RDWR)
+            for pumped in (
+                (receive, child.stdin.write, child.stdin.close),
+                (read, theirs.sendall, no_more, theirs.close),
+            ):
+                threading.Thread(target=pump, args=pumped, daemon=True).start()
+        unless_started.pop_all()
+    return ours, child
+
+
+def pump(read: Callable[[], bytes], write: Callable[[bytes], object], *ends: Callable[[], object]) -> None:
+    """Write what can be read, until there is no more or nobody takes it. Blocks."""
+    with contextlib.suppress(OSError):  # ssh has ended, or the chat
+        while data := read():
+            write(data)
+    for end in ends:
+        with contextlib.suppress(OSError):  # likewise
+            end()
+
+
+def says(sock: socket.socket, expected: bytes) -> bool:
+    """Read ``sock`` up to the end of a line that is ``expected``, and no further; return whether it comes. Blocks."""
+    line = b""
+    while line.rstrip() != expected or not line.endswith(b"\n"):
+        byte = sock.recv(1)
+        if not byte:
+            return False
+        line = byte if line.endswith(b"\n") else line + byte
+    return True
 
 
 # --- The command line: whom to join, and what can go wrong ------------------------------------------------------------
@@ -730,8 +951,9 @@ def open_missing_descriptors() -> None:
     while descriptor <= 2:
         descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
-    if sys.stdout is None or sys.stderr is None:  # which input() would miss
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for good
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # which input() would miss
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
 
 
 def is_every_address(host: str) -> bool:
@@ -752,9 +974,11 @@ def port_number(text: str) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     parser = argparse.ArgumentParser(prog="mychatclient", description="A chat client.", allow_abbrev=False)
-    parser.add_argument("host", nargs="?", default=DEFAULT_HOST, help="whom to join (default: %(default)s)")
+    parser.add_argument("host", nargs="?", help=f"whom to join (default: {DEFAULT_HOST})")
+    parser.add_argument("port", nargs="?", type=port_number, help=f"its port (default: {DEFAULT_PORT})")
+    parser.add_argument("--lan", action="store_true", help="find the server on this network (default: do not)")
     parser.add_argument(
-        "port", nargs="?", type=port_number, default=DEFAULT_PORT, help="its port (default: %(default)s)"
+        "--ssh", metavar="[USER@]MACHINE", help="join through ssh, as seen from there (default: do not)"
     )
     parser.add_argument(
         "--name", default=os.environ.get("MYCHAT_NAME", ""), help="be called this (default: MYCHAT_NAME, or the port)"
@@ -767,6 +991,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"mychatclient {__version__}")
     options = parser.parse_args(argv)
+    if options.lan and (options.host is not None or options.ssh is not None):
+        parser.error("--lan finds host and port by itself: leave out what else tells whom to join")
+    if options.ssh is not None and (not options.ssh or options.ssh.startswith("-")):  # which ssh takes for an option
+        parser.error(f"{options.ssh!r} is no machine for ssh: [USER@]MACHINE")
+    options.host = DEFAULT_HOST if options.host is None else options.host
+    options.port = DEFAULT_PORT if options.port is None else options.port
     if options.host.isdigit():
         parser.error(f"{options.host} is no host; the port comes behind it: {DEFAULT_HOST} {options.host}")
     if options.host.startswith("[") and options.host.endswith("]"):
@@ -782,17 +1012,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_every_address(options.host):
             warn(f"{options.host} is where a server listens, not an address to join: use one that the server printed.")
             return 1
-        try:
-            sock = connect(options.host, options.port)
-        except (OSError, UnicodeError) as error:
-            warn(connecting_problem(error, options.host, options.port))
-            forget_typed()
-            return 1
-        screen = screen_for(options, str(sock.getsockname()[1]))  # from here on a signal may find it
-        try:
-            return Conversation(sock, screen, " ".join(options.name.split())).run()
-        finally:
-            screen.close()
+        with contextlib.ExitStack() as at_the_end:
+            try:
+                if options.lan:
+                    options.host, options.port = the_server_found()
+                if options.ssh:
+                    sock = at_the_end.enter_context(through_ssh(options.ssh, options.host, options.port))
+                else:
+                    sock = connect(options.host, options.port)
+            except (NotConnected, OSError, UnicodeError) as error:
+                warn(connecting_problem(error, options.host, options.port))
+                forget_typed()
+                return 1
+            own_label = "" if options.ssh else str(sock.getsockname()[1])
+            screen = screen_for(options, own_label)  # from here on a signal may find it
+            try:
+                return Conversation(sock, screen, " ".join(options.name.split())).run()
+            finally:
+                screen.close()
     except KeyboardInterrupt:
         return 130
 

@@ -18,6 +18,7 @@ The threads, and who owns what
     server thread   accepts, starts the handlers, empties backlogs, keeps the clock; owns the selector.
     handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
     console         writes what is shown on standard output, however slow that is.
+    With ``--lan`` the server thread also answers the questions of ``mychatclient.py --lan``: see Discovery.
 
 The relay
     Handlers read blocks of lines, not lines. One handler at a time has the turn: it takes what the others have put
@@ -41,6 +42,7 @@ import ipaddress
 import itertools
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
@@ -98,6 +100,13 @@ NAME_CHARACTERS = 24  # of a name at most
 WHO_SHOWN = 50  # labels in one answer to /who
 QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
+
+DISCOVERY_GROUP = "239.255.109.99"  # and the port: see Discovery
+DISCOVERY_PORT = 12000
+QUESTION_BYTES = 128  # of each question, and more than any answer has: nobody can use us to send a third party more
+ANSWERS_A_SECOND = 20  # a class that comes at once finds the server in two seconds
+DATAGRAMS_A_PASS = 16  # read before accepting and backlogs have their turn again
+DATAGRAMS_A_SECOND = 5_000  # a flood of more is left to the system, which drops it: a few per cent of a processor
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
@@ -1116,8 +1125,16 @@ def obey(room: Room, client: Client, line: str) -> None:
 class Server:
     """Serves whoever connects to a listening socket, until a signal stops it."""
 
-    def __init__(self, listener: socket.socket, room: Room, console: Writer, errors: Writer) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        room: Room,
+        console: Writer,
+        errors: Writer,
+        discovery: Discovery | None = None,
+    ) -> None:
         self._listener = listener
+        self._discovery = discovery
         self._console = console
         self._errors = errors
         self._room = room
@@ -1130,6 +1147,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._behind: set[Client] = set()  # those with a backlog: watched until they can take more
         self._listening = False
+        self._hearing = False  # questions to the discovery; until there are too many of them
         self._stopping = False
         self._next_tick = 0.0
         self._stopped = False
@@ -1156,6 +1174,7 @@ class Server:
     def _serve(self) -> None:
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         self._listen()
+        self._hear()
         while not self._stopping:
             self._pass(None)
         self._stop()
@@ -1165,6 +1184,9 @@ class Server:
         # 1. Nobody new: the port is free.
         self._pause()
         self._listener.close()
+        if self._discovery:
+            self._stop_hearing()
+            self._discovery.close()
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
         # 3. Everyone gets end-of-file behind what was queued; its handler leaves when the peer closes or says more.
@@ -1178,7 +1200,7 @@ class Server:
 
     def _pass(self, seconds: float | None) -> None:
         """Wait for something to do, so long at most, and do it."""
-        if self._behind or not self._listening:
+        if self._clock_runs():
             until_tick = max(0.0, self._next_tick - time.monotonic())
             seconds = until_tick if seconds is None else min(seconds, until_tick)
         for key, _ in self._selector.select(seconds):
@@ -1187,7 +1209,7 @@ class Server:
             self._tick()
 
     def _tick(self) -> None:
-        """Once a second while there is a backlog or nobody accepts: hold everyone to the floor, and accept again."""
+        """Once a second while the clock runs: hold everyone to the floor, accept and hear again."""
         self._next_tick = time.monotonic() + 1.0
         for client in list(self._behind):
             # Tried even if the selector is silent: Linux calls a socket writable only with a third of its buffer free.
@@ -1195,6 +1217,10 @@ class Server:
                 self._room.end(client)
         if not self._stopping:
             self._listen()
+            self._hear()
+
+    def _clock_runs(self) -> bool:
+        return bool(self._behind) or not self._listening or (self._discovery is not None and not self._hearing)
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):  # read empty
@@ -1214,6 +1240,22 @@ class Server:
         if self._listening:
             self._selector.unregister(self._listener)
             self._listening = False
+
+    def _hear(self) -> None:
+        if self._discovery and not self._hearing:
+            self._selector.register(self._discovery, selectors.EVENT_READ, self._asked)
+            self._hearing = True
+
+    def _stop_hearing(self) -> None:
+        if self._discovery and self._hearing:
+            self._selector.unregister(self._discovery)
+            self._hearing = False
+
+    def _asked(self) -> None:
+        if self._discovery and not self._discovery.answer():
+            if not self._clock_runs():
+                self._next_tick = time.monotonic() + 1.0
+            self._stop_hearing()
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_A_PASS):
@@ -1252,7 +1294,7 @@ class Server:
 
     def _watch(self, client: Client) -> None:
         if client not in self._behind and not client.ended:
-            if not self._behind and self._listening:  # else the clock runs already
+            if not self._clock_runs():
                 self._next_tick = time.monotonic() + 1.0
             self._behind.add(client)
             if len(self._behind) < MAX_WATCHED:  # the rest wait for the next tick
@@ -1339,6 +1381,100 @@ class Server:
                 self._wake_writer.send(b"\0")
 
 
+# --- Discovery: how a client on the same network finds this server without an address ---------------------------------
+
+
+class Discovery:
+    """Answers ``mychatclient.py --lan``, which asks the whole network whether a server is there.
+
+    A question is one UDP datagram of QUESTION_BYTES: ``mychat?1 TOKEN`` and blanks, TOKEN being 16 hexadecimal digits.
+    The answer goes to the asker alone, ``mychat!1 TOKEN ID PORT NAME``: the question's TOKEN, so that nobody answers
+    who has not heard it; a random ID of 16 such digits, made at start, by which one server heard twice is one; the port
+    on which the chat listens; this host's name, of letters, digits, ``.`` and ``-``. Anything else is ignored.
+
+    Questions come to port 12000, the chat's own number, so that a firewall has one number to open; it stays that
+    whatever ``--port`` says, or who asks would have to know. They come to the group 239.255.109.99 ("mc" in ASCII), of
+    the scope that RFC 2365, 6.1 sets aside for one network, which no router passes on, and to the broadcast address,
+    255.255.255.255: some access points and switches lose the one and some the other, and broadcasts are heard on an
+    interface that came up after the start, too.
+    """
+
+    def __init__(self, port: int) -> None:
+        """Tell of a chat on ``port``. Raise OSError when the discovery port cannot be had."""
+        name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
+        self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
+        self._answered: collections.deque[tuple[float, bytes, object]] = collections.deque(maxlen=ANSWERS_A_SECOND)
+        self._second, self._count = 0.0, 0  # when the last second began, and how much was read in it
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            # So that a second server on this machine hears the questions too.
+            if sys.platform == "darwin":
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            else:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._sock.bind(("", DISCOVERY_PORT))
+            self._sock.setblocking(False)
+        except OSError:
+            self._sock.close()
+            raise
+        for index in [index for index, _ in socket.if_nameindex()] if sys.platform == "linux" else [0]:
+            with contextlib.suppress(OSError):  # no multicast there, or too many interfaces: broadcasts are heard
+                self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(index))
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for a selector."""
+        return self._sock.fileno()
+
+    # Runs in the server thread
+
+    def answer(self) -> bool:
+        """Read up to DATAGRAMS_A_PASS, and answer the questions among them; return whether to go on. Never blocks."""
+        now = time.monotonic()
+        if now - self._second >= 1.0:
+            self._second, self._count = now, 0
+        for _ in range(DATAGRAMS_A_PASS):
+            self._count += 1
+            try:
+                data, asker = self._sock.recvfrom(QUESTION_BYTES + 1)
+            except BlockingIOError:
+                break
+            except OSError:  # of one datagram: as Windows tells that it is too long, or that an earlier asker has gone
+                continue
+            question = re.fullmatch(rb"mychat\?1 ([0-9a-f]{16}) +", data)
+            if question and len(data) == QUESTION_BYTES and self._may_answer(data, asker, now):
+                with contextlib.suppress(OSError):  # no way back to the asker
+                    self._sock.sendto(b"mychat!1 %s %s" % (question[1], self._fields), asker)
+        return self._count < DATAGRAMS_A_SECOND
+
+    def _may_answer(self, data: bytes, asker: object, now: float) -> bool:
+        """Note a question; return whether it has no answer yet, and the last second has room for one."""
+        if any((data, asker) == (earlier, who) for _, earlier, who in self._answered):  # by broadcast and by group
+            return False
+        if len(self._answered) == ANSWERS_A_SECOND and now - self._answered[0][0] < 1.0:
+            return False
+        self._answered.append((now, data, asker))
+        return True
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._sock.close()
+
+
+def membership(index: int) -> bytes:
+    """Return the group by the interface of this index: Linux's struct ip_mreqn, ip(7); else by the default route's."""
+    group_and_address = socket.inet_aton(DISCOVERY_GROUP) + bytes(4)
+    return group_and_address + index.to_bytes(4, sys.byteorder) if sys.platform == "linux" else group_and_address
+
+
+def open_discovery(port: int, errors: Writer) -> Discovery | None:
+    """Return what answers for a chat on ``port``, or None after saying why there is no such thing."""
+    try:
+        return Discovery(port)
+    except OSError as error:
+        errors.say(f"--lan finds no server here: UDP port {DISCOVERY_PORT}: {error.strerror}; others join by address.")
+        return None
+
+
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
 
 
@@ -1365,6 +1501,17 @@ def open_listener(host: str, port: int) -> socket.socket:
     return listener
 
 
+def open_listener_everywhere(port: int) -> socket.socket:
+    """Return a socket that listens on all addresses: of IPv4 alone where the system has no socket for both."""
+    ipv4, both = EVERY_ADDRESS
+    try:
+        return open_listener(both, port)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        return open_listener(ipv4, port)
+
+
 def plain_address(address: tuple[str, int]) -> tuple[str, int]:
     """Return host and port of a socket's address, an IPv4 address that came over IPv6 as itself."""
     host, port = address[:2]
@@ -1382,6 +1529,12 @@ def addresses_for_others(host: str) -> list[str]:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:  # no such route
             asking.connect((target, 9))
             found.append(asking.getsockname()[0])
+    if not found and sys.platform == "linux":  # no way out of this network: the way to a group by each interface
+        for index, _ in socket.if_nameindex():
+            with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+                asking.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, membership(index))
+                asking.connect((DISCOVERY_GROUP, 9))
+                found.append(asking.getsockname()[0])
     with contextlib.suppress(OSError):  # the machine does not know its own name
         found += [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)]
     usable = []
@@ -1392,18 +1545,21 @@ def addresses_for_others(host: str) -> list[str]:
     return usable
 
 
-def say_where(console: Writer, errors: Writer, listener: socket.socket) -> None:
-    """Show where the server listens, and how others can join if they can."""
+def say_where(console: Writer, errors: Writer, listener: socket.socket, lan: bool, found: bool) -> None:
+    """Show where the server listens, and how others can join if they can: also by ``--lan`` if it can be found."""
     host, port = listener.getsockname()[:2]
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
     if not ipaddress.ip_address(host).is_loopback:
-        errors.say("Anyone who can reach this server can join: --host 127.0.0.1 keeps the chat on this machine.")
+        way_back = "without --lan the chat stays" if lan else "--host 127.0.0.1 keeps the chat"
+        errors.say(f"Anyone who can reach this server can join: {way_back} on this machine.")
         # A thread, because the system may take its time to look up this machine's name.
-        threading.Thread(target=say_how_to_join, args=(console, host, port), daemon=True).start()
+        threading.Thread(target=say_how_to_join, args=(console, host, port, found), daemon=True).start()
 
 
-def say_how_to_join(console: Writer, host: str, port: int) -> None:
+def say_how_to_join(console: Writer, host: str, port: int, found: bool) -> None:
     """Show what others type to join. Blocks while the system looks up this machine's name."""
+    if found:
+        console.say("Others join with: python mychatclient.py --lan")
     others = addresses_for_others(host)
     for address in others:
         console.say(f"Others join with: python mychatclient.py {address}{'' if port == DEFAULT_PORT else f' {port}'}")
@@ -1466,7 +1622,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     parser = argparse.ArgumentParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
     option = parser.add_argument
-    option("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
+    where = parser.add_mutually_exclusive_group().add_argument
+    where("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
+    where("--lan", action="store_true", help="listen on all addresses and be found by clients (default: off)")
     option("--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
     option("--max-clients", type=number(1, 1_000_000), metavar="N", help="so many at once (default: no limit)")
     option("--quiet", action="store_true", help="do not show chat lines and names here (default: show them)")
@@ -1493,7 +1651,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse_args(argv)
         raise_descriptor_limit()
         try:
-            listener = open_listener(options.host, options.port)
+            if options.lan:
+                listener = open_listener_everywhere(options.port)
+            else:
+                listener = open_listener(options.host, options.port)
         except (OSError, UnicodeError) as error:
             warn(listening_problem(error, options.host, options.port))
             return 1
@@ -1507,11 +1668,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warn(f"Cannot write to {options.log}: {error.strerror}; give --log another file.")
                 return 1
             writers.insert(0, log)
-        say_where(console, errors, listener)
+        discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
+        say_where(console, errors, listener, options.lan, discovery is not None)
         threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(SWITCH_SECONDS)
         room = Room(console, log, options.max_clients, options.quiet, options.announce, options.history)
-        status = Server(listener, room, console, errors).run()
+        status = Server(listener, room, console, errors, discovery).run()
         for writer in writers:
             writer.close(WRITER_SECONDS)
     except KeyboardInterrupt:  # before the server thread could see to it

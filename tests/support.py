@@ -373,6 +373,9 @@ class Terminal:
         """Return the terminal's settings, to be equal to ``before``."""
         return termios.tcgetattr(self._slave)
 
+    def set_attributes(self, attributes: list[Any]) -> None:
+        termios.tcsetattr(self._slave, termios.TCSANOW, attributes)
+
     def left_to_read(self) -> bytes:
         """Return what a shell would find typed ahead."""
         mode = termios.tcgetattr(self._slave)

@@ -90,6 +90,11 @@ class Judged(Terminal):
                 return False
         return True
 
+    def wait_to_write(self) -> None:
+        """Wait until the client waits for the terminal to take something."""
+        waiting = pathlib.Path(f"/proc/{self.process.pid}/wchan")
+        eventually(lambda: waiting.read_text() == "wait_woken")
+
     def say(self, lines: list[str]) -> None:
         self.server.sendall("".join(f"{line}\n" for line in lines).encode())
 
@@ -369,10 +374,42 @@ class Endings(TestCase):
         client = self.half_typed()
         client.type("\x13")
         client.type("ne")
-        eventually(lambda: pathlib.Path(f"/proc/{client.process.pid}/wchan").read_text() == "wait_woken")  # for a write
+        client.wait_to_write()
         client.process.send_signal(signal.SIGTERM)
         self.assertEqual(client.wait(), -signal.SIGTERM)
         self.assertEqual(client.attributes(), client.before)
+
+    def test_sigterm_while_the_screen_takes_nothing_more(self) -> None:
+        """Though a message is being drawn, and signals came before."""
+        for before in ((), (signal.SIGINT,)):
+            with self.subTest(before=before):
+                client = self.half_typed()
+                client.type("\x13")
+                client.say(["54358:Hi!"])
+                client.wait_to_write()
+                for number in (*before, signal.SIGTERM):
+                    client.process.send_signal(number)
+                self.assertIn(client.wait(), (-signal.SIGTERM, 128 + signal.SIGTERM, 130))
+                self.assertEqual(client.attributes(), client.before)
+
+    def test_sigstop_and_sigcont_without_a_shell(self) -> None:
+        """The terminal is ours again, whoever has had it meanwhile, and the line is shown once."""
+        client = self.half_typed()
+        client.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, client.process.pid, os.WSTOPPED | os.WNOWAIT)
+        raw = client.attributes()
+        client.set_attributes(client.before)
+        client.process.send_signal(signal.SIGCONT)
+        eventually(lambda: client.attributes() == raw)
+        client.type("ne\r")
+        self.assertEqual(client.heard(), "half a line")
+
+    def test_ctrl_z_without_a_shell_changes_nothing(self) -> None:
+        client = self.half_typed()
+        client.type("\x1a")
+        client.settle()
+        client.type("ne")
+        self.assertEqual([row for row in client.settle()[0] if row][2:], ["half a line"])
 
     def test_the_servers_death(self) -> None:
         client = self.half_typed()

@@ -1,0 +1,397 @@
+"""From the next town: through a real ssh to a real sshd on loopback, both with keys and settings of the test's own."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from typing import Any
+from unittest import mock
+
+import mychatclient
+from tests import test_reference
+from tests.support import (
+    CLIENT,
+    LOOPBACK,
+    ROOT,
+    SECONDS,
+    Background,
+    Program,
+    Server,
+    Terminal,
+    TestCase,
+    as_heard,
+    eventually,
+    free_port,
+    home_made_server,
+    needs_command,
+    numbered_lines,
+)
+from tests.test_client import silent_port
+from tests.test_server import has_ipv6
+
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") or ""
+GREETING = "Connected to chat server. Type 'exit' to leave."
+FAREWELL = "Disconnected from server"
+QUESTION = "(yes/no/[fingerprint])? "
+
+
+class Machine(Program):
+    """An sshd on loopback; ``ssh box`` reaches it, once ``environment`` is in force, and nothing of the user's own."""
+
+    def __init__(self, folder: str, *settings: str, pass_phrase: str = "") -> None:
+        self.folder = pathlib.Path(folder)
+        self.port = free_port()
+        self.environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SHELL": "/bin/sh"}
+        for name, phrase in (("host", ""), ("other", ""), ("user", pass_phrase)):
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", phrase, "-f", f"{folder}/{name}"]
+            subprocess.run(command, check=True, timeout=SECONDS)
+        self.write("authorized", (self.folder / "user.pub").read_text())
+        self.trust("host")
+        self.write(
+            "sshd_config",
+            f"Port {self.port}",
+            f"ListenAddress {LOOPBACK}",
+            f"HostKey {folder}/host",
+            f"AuthorizedKeysFile {folder}/authorized",
+            "StrictModes no",
+            "UsePAM no",
+            "PidFile none",
+            *settings,
+        )
+        # What a user may have in there must not matter: a command, a shared connection.
+        self.write(
+            "ssh_config",
+            f"HostName {LOOPBACK}",
+            f"Port {self.port}",
+            f"User {getpass.getuser()}",
+            f"IdentityFile {folder}/user",
+            "IdentitiesOnly yes",
+            "IdentityAgent none",
+            "PreferredAuthentications publickey",
+            f"UserKnownHostsFile {folder}/known",
+            "GlobalKnownHostsFile none",
+            "StrictHostKeyChecking ask",
+            "LocalCommand echo mine",
+            f"ControlPath {folder}/shared",
+            "ControlMaster auto",
+        )
+        self.write("bin/ssh", "#!/bin/sh", f'exec {shutil.which("ssh")} -F {folder}/ssh_config "$@"')
+        (self.folder / "bin/ssh").chmod(0o755)
+        if os.geteuid() == 0:
+            os.makedirs("/run/sshd", exist_ok=True)  # what an sshd of root's insists on; Debian makes it at boot
+        super().__init__(SSHD, "-D", "-e", "-f", f"{folder}/sshd_config")
+        try:
+            eventually(lambda: "Server listening" in self.errors() or self.process.poll() is not None)
+            if self.process.poll() is not None:
+                raise AssertionError(self.errors())
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def write(self, name: str, *lines: str) -> None:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+    def trust(self, key: str) -> None:
+        """Have ssh know the machine by this key, or not at all."""
+        self.write("known", *([f"[{LOOPBACK}]:{self.port} {(self.folder / f'{key}.pub').read_text()}"] if key else []))
+
+
+def ssh_of(client: Program | Terminal) -> int:
+    """Return the process number of a client's ssh."""
+    pid = client.process.pid
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (child,) = children
+    return int(child)
+
+
+def is_there(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")
+
+
+@needs_command("ssh", "openssh-client")
+@unittest.skipUnless(SSHD, "needs sshd: install openssh-server")
+class ThroughSsh(TestCase):
+    settings: tuple[str, ...] = ()
+    pass_phrase = ""
+
+    def setUp(self) -> None:
+        folder = self.enter(tempfile.TemporaryDirectory())
+        self.machine = self.enter(Machine(folder, *self.settings, pass_phrase=self.pass_phrase))
+        self.enter(mock.patch.dict(os.environ, self.machine.environment))
+
+    def enter(self, manager: contextlib.AbstractContextManager[Any]) -> Any:
+        """Enter a context that the test's end leaves; unittest has this from 3.11 on."""
+        result = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return result
+
+    def client(self, *arguments: str) -> Program:
+        return Program(sys.executable, CLIENT, "--ssh", "box", *arguments, keep_input=True)
+
+    def in_terminal(self, *arguments: str) -> Terminal:
+        return Terminal(sys.executable, CLIENT, "--ssh", "box", *arguments)
+
+    def fails(self, *arguments: str, says: str = "", sentence: str) -> None:
+        """Fail unless the client ends with status 1, ssh's words and then this sentence, before any greeting."""
+        with self.client(*arguments) as program:
+            self.assertEqual(program.wait(), 1)
+            self.assertEqual(program.output, b"")
+            *before, last = program.errors().splitlines()
+            self.assertIn(says, "\n".join(before))
+            self.assertIn(sentence, last)
+            self.assertNotIn("Connection lost", program.errors())
+
+
+class Reference(test_reference.ReferenceConversation, ThroughSsh):
+    def test_the_reference_conversation(self) -> None:
+        """All is the same to the letter: ssh adds nothing to any screen."""
+        self.converse("--ssh", "box")
+
+
+class Chat(ThroughSsh):
+    def test_a_filter_sends_all_and_shows_what_still_comes(self) -> None:
+        """End-of-file goes through, in both directions, and in between nothing is lost, however slow the server is."""
+        lines = numbered_lines(100_000)
+
+        def serve(connection: socket.socket) -> None:
+            time.sleep(1.5)  # all buffers are full by then, and the client has waited long
+            heard = bytearray()
+            while data := connection.recv(1 << 16):
+                heard += data
+            self.assertTrue(heard == lines)
+            connection.sendall(as_heard("1234", lines))
+
+        with home_made_server(serve) as port, self.client(LOOPBACK, str(port)) as program:
+            program.expect(GREETING)
+            ssh = ssh_of(program)
+            program.send(lines)
+            program.end_input()
+            self.assertEqual(program.wait(), 0)
+            shown = as_heard("1234", lines).replace(b"1234:", b"\n1234:")
+            self.assertTrue(program.output == f"{GREETING}\n".encode() + shown + f"{FAREWELL}\n".encode())
+            self.assertEqual(program.errors(), "")
+            self.assertFalse(is_there(ssh))
+
+    def test_the_host_is_seen_from_there_and_is_the_machine_itself_unless_given(self) -> None:
+        with Server() as server, mock.patch.object(mychatclient, "DEFAULT_PORT", server.port):
+            options = mychatclient.parse_args(["--ssh", "box"])
+            self.assertEqual((options.host, options.port), (LOOPBACK, server.port))
+            for host in (LOOPBACK, "localhost"):
+                with self.client(host, str(server.port)) as program:
+                    program.expect(GREETING)
+                    self.assertRegex(server.line(), "^New connection from")
+                    program.end_input()
+                    self.assertEqual(program.wait(), 0)
+                    server.expect("Connection closed")
+
+    @unittest.skipUnless(has_ipv6(), "needs IPv6")
+    def test_ipv6_there(self) -> None:
+        with (
+            socket.create_server(("::1", 0), family=socket.AF_INET6) as listener,
+            self.client("[::1]", str(listener.getsockname()[1])) as program,
+        ):
+            listener.settimeout(SECONDS)
+            connection, _ = listener.accept()
+            with connection:
+                program.expect(GREETING)
+
+    def test_a_server_that_speaks_first_is_heard_whole(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            connection.sendall(b"* welcome\n1:two\n")
+            self.assertEqual(connection.recv(100), b"")
+
+        with home_made_server(serve) as port, self.client(LOOPBACK, str(port)) as program:
+            program.expect(GREETING, "", "* welcome", "", "1:two")
+            program.end_input()
+            self.assertEqual(program.wait(), 0)
+
+    def test_the_servers_end(self) -> None:
+        with Server() as server, self.in_terminal(LOOPBACK, str(server.port)) as terminal:
+            terminal.wait_for(f"{GREETING}\n")
+            server.stop()
+            self.assertEqual(terminal.wait(), 1)
+            self.assertRegex(terminal.screen(), rf"^{GREETING}\nConnection lost: [^\n]+\n{FAREWELL}\n$")
+            self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_ssh_killed_in_mid_chat(self) -> None:
+        """One sentence, status 1, and the terminal as it was, half-typed line or not."""
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            with (
+                self.subTest(number=number),
+                Server() as server,
+                self.in_terminal(LOOPBACK, str(server.port)) as terminal,
+            ):
+                terminal.wait_for(f"{GREETING}\n")
+                terminal.type("half a li")
+                terminal.wait_for("half a li")
+                os.kill(ssh_of(terminal), number)
+                self.assertEqual(terminal.wait(), 1)
+                self.assertRegex(terminal.screen(), rf"half a li\nConnection lost: [^\n]+\n{FAREWELL}\n$")
+                self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_ctrl_c_in_mid_chat(self) -> None:
+        """As without ssh, which gets the signal too: status 130, the farewell, and no word of a lost connection."""
+        for _ in range(5):
+            with Server() as server, self.in_terminal(LOOPBACK, str(server.port)) as terminal:
+                terminal.wait_for(f"{GREETING}\n")
+                ssh = ssh_of(terminal)
+                terminal.type("\x03")
+                self.assertEqual(terminal.wait(), 130)
+                self.assertEqual(terminal.screen(), f"{GREETING}\n{FAREWELL}\n")
+                self.assertEqual(terminal.attributes(), terminal.before)
+                self.assertFalse(is_there(ssh))
+
+    def test_a_client_that_is_ended_takes_ssh_along(self) -> None:
+        """By Ctrl-C for itself alone, by SIGTERM, and by what nobody can handle."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            with self.subTest(number=number), Server() as server, self.client(LOOPBACK, str(server.port)) as program:
+                program.expect(GREETING)
+                ssh = ssh_of(program)
+                program.process.send_signal(number)
+                program.wait()
+                eventually(lambda ssh=ssh: not is_there(ssh))  # type: ignore[misc]
+
+    def test_a_shell_that_talks_before_it_runs_a_command(self) -> None:
+        self.machine.write("shell", "#!/bin/sh", "echo Welcome to my shell", 'exec /bin/sh "$@"')
+        (self.machine.folder / "shell").chmod(0o755)
+        shell = {"SHELL": str(self.machine.folder / "shell")}
+        with mock.patch.dict(os.environ, shell), Server() as server, self.client(LOOPBACK, str(server.port)) as program:
+            program.expect(GREETING)
+            program.end_input()
+            self.assertEqual(program.wait(), 0)
+            self.assertEqual(program.output.decode(), f"{GREETING}\n{FAREWELL}\n")
+
+
+class Asking(ThroughSsh):
+    pass_phrase = "open sesame"
+
+    def test_ssh_asks_its_questions_before_the_chat_starts(self) -> None:
+        """A host key that is new, then the pass phrase, wrong and right; what is typed after that is chat."""
+        self.machine.trust("")
+        with Server() as server, self.in_terminal(LOOPBACK, str(server.port)) as terminal:
+            terminal.wait_for(QUESTION)
+            terminal.type("yes\n")
+            prompt = f"\rEnter passphrase for key '{self.machine.folder}/user': "
+            for phrase, asked in (("wrong", prompt), (self.pass_phrase, f"{prompt}\n{prompt}")):
+                terminal.wait_for(asked)
+                self.assertNotIn(GREETING, terminal.screen())
+                terminal.type(f"{phrase}\n")
+            terminal.wait_for(f"{GREETING}\n")
+            self.assertRegex(server.line(), "^New connection from")
+            terminal.type("Hi!\nexit\n")
+            self.assertEqual(terminal.wait(), 0)
+            self.assertTrue(terminal.screen().endswith(f"{GREETING}\nHi!\nexit\n{FAREWELL}\n"))
+            self.assertTrue(server.line().endswith(":Hi!"))
+            self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_ctrl_c_while_ssh_asks(self) -> None:
+        for known, prompt in (("", QUESTION), ("host", "': ")):
+            self.machine.trust(known)
+            with self.subTest(prompt=prompt), self.in_terminal() as terminal:
+                terminal.wait_for(prompt)
+                ssh = ssh_of(terminal)
+                terminal.type("\x03")
+                self.assertEqual(terminal.wait(), 130)
+                self.assertNotIn("Traceback", terminal.screen())
+                self.assertEqual(terminal.attributes(), terminal.before)
+                self.assertFalse(is_there(ssh))
+
+    def test_a_signal_to_the_client_alone_while_ssh_asks(self) -> None:
+        """Then the client ends ssh, which leaves the terminal with its echo."""
+        with self.in_terminal() as terminal:
+            terminal.wait_for("': ")
+            ssh = ssh_of(terminal)
+            terminal.process.send_signal(signal.SIGINT)
+            self.assertEqual(terminal.wait(), 130)
+            self.assertEqual(terminal.attributes(), terminal.before)
+            self.assertFalse(is_there(ssh))
+
+
+class Trouble(ThroughSsh):
+    def test_a_wrong_host_key(self) -> None:
+        self.machine.trust("other")
+        self.fails(says="HOST IDENTIFICATION HAS CHANGED", sentence="No connection to box: ssh says why above; try ssh")
+
+    def test_a_key_that_is_not_let_in(self) -> None:
+        self.machine.write("authorized", (self.machine.folder / "other.pub").read_text())
+        self.fails(says="Permission denied (publickey", sentence="No connection to box: ssh says why above")
+
+    def test_a_machine_that_cannot_be_reached(self) -> None:
+        self.machine.process.terminate()
+        self.machine.wait()
+        self.fails(says="Connection refused", sentence="No connection to box: ssh says why above")
+
+    def test_a_machine_that_does_not_answer(self) -> None:
+        script = "import sys, mychatclient as c; c.CONNECT_SECONDS = 1; sys.exit(c.main(sys.argv[1:]))"
+        with (
+            mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}),
+            silent_port() as port,
+            Program(sys.executable, "-c", script, "--ssh", f"ssh://{LOOPBACK}:{port}") as program,
+        ):
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), r"timed out\s+No connection to ssh://[^\n]*\n$")
+
+    def test_no_server_there(self) -> None:
+        port = free_port()
+        self.fails(
+            *(LOOPBACK, str(port)),
+            says="Connection refused",
+            sentence=f"No server at {LOOPBACK} port {port} of box: start mychatserver.py there, or give another port",
+        )
+
+    def test_no_ssh_here(self) -> None:
+        with mock.patch.dict(os.environ, {"PATH": str(self.machine.folder)}):
+            self.fails(sentence="Cannot run ssh here: No such file or directory; install the OpenSSH client.")
+
+    def test_what_is_no_machine_is_told_as_usage(self) -> None:
+        """An option above all: ssh would run the command that it names."""
+        for target in ("-oProxyCommand=touch x", "", "-"):
+            with self.subTest(target=target), Program(sys.executable, CLIENT, f"--ssh={target}") as program:
+                self.assertEqual(program.wait(), 2)
+                self.assertIn(f"{target!r} is no machine for ssh", program.errors())
+
+
+class Forbidden(ThroughSsh):
+    settings = ("AllowTcpForwarding no",)
+
+    def test_a_machine_that_forwards_nothing(self) -> None:
+        with Server() as server:
+            self.fails(LOOPBACK, str(server.port), says="administratively prohibited", sentence="No server at")
+
+
+class Pumps(TestCase):
+    """What Windows has in place of a socket as standard input and output."""
+
+    @staticmethod
+    def send(sock: socket.socket, lines: bytes) -> None:
+        sock.sendall(lines)
+        sock.shutdown(socket.SHUT_WR)
+
+    def test_pipes_carry_all_and_both_ends_of_file(self) -> None:
+        lines = numbered_lines(20_000)
+        with mock.patch.object(sys, "platform", "win32"):
+            sock, child = mychatclient.start_on_socket(["sh", "-c", "cat; echo last"])
+        background = Background()
+        with sock, child:
+            sock.settimeout(SECONDS)
+            background.run(self.send, sock, lines)
+            heard = b""
+            while data := sock.recv(1 << 16):
+                heard += data
+            self.assertEqual(heard, lines + b"last\n")
+            self.assertEqual(child.wait(SECONDS), 0)
+        background.join()
+        eventually(lambda: threading.active_count() == 1)
