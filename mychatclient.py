@@ -26,6 +26,7 @@ import functools
 import importlib
 import io
 import ipaddress
+import itertools
 import os
 import re
 import secrets
@@ -37,6 +38,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -60,11 +62,14 @@ SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has fin
 LEAVE_SECONDS = 1.0  # for the server to close, after a person has typed exit
 COLOURS = 31, 32, 34, 35, 36  # of labels: what can be read on dark and on light
 BOLD, DIM, PLAIN_TEXT = b"\x1b[1m", b"\x1b[2m", b"\x1b[m"
-LABELS_REMEMBERED = 1_000  # for completion
+LABELS_REMEMBERED = 1_000  # for completion,
+LABEL_CHARACTERS = 64  # and none that is longer
 RL_STATE_CALLBACK = 0x80000  # a line is being edited: readline.h
 RL_STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
 INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
+RECONNECT_SECONDS = 0.5, 1.0, 2.0, 5.0  # before each try to connect again; the last for ever
+ADMITTED_SECONDS = 0.5  # in which a server that turns somebody away has said so
 STUCK_SECONDS = 2.0  # after which a main thread that has to end is stuck, behind Ctrl-S for example
 
 if sys.platform == "win32":
@@ -73,6 +78,7 @@ else:
     NO_SIGNALS = {signal.SIGURG}  # it is ours: to interrupt the main thread
     LAST_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
+NOT_SENT = "* not connected: this line was not sent"
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 
 DISCOVERY_GROUP = "239.255.109.99"  # and the port: see the server's Discovery
@@ -100,7 +106,7 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 # What others said, and what the server says of people: to know their labels.
 SPOKEN = re.compile("([^ :*]+):(.*)")
 NOTICE = re.compile(r"\* ([^ :]+) (?:is now ([^ :]+)$|(joined$|left$|to you:))")
-EXIT = re.compile(rb"(?:^|\n|\r\0)[\t ]*exit[\t ]*(?:\r?\n|\r\0)")
+EXIT = re.compile(rb"(?:^|\n|\r\0)(?:[\t ]*exit|/quit)[\t ]*(?:\r?\n|\r\0)")
 
 
 def clean(block: bytes) -> bytes:
@@ -119,6 +125,7 @@ class People:
 
     def __init__(self, own_label: str) -> None:
         self.own_label = own_label
+        self.asked_for = ""  # the name that we asked for last
         self.labels: dict[str, None] = {}  # the latest last
 
     def heard(self, line: bytes) -> bool:
@@ -131,7 +138,8 @@ class People:
         notice = NOTICE.match(text)
         if notice:
             label, new_label, verb = notice.groups()
-            if new_label and label == self.own_label:
+            # The server may see us come from another port than we do.
+            if new_label and (label == self.own_label or new_label == unicodedata.normalize("NFKC", self.asked_for)):
                 self.own_label = new_label
             if new_label or verb == "left":
                 self.labels.pop(label, None)
@@ -140,8 +148,9 @@ class People:
         return bool(notice and notice[3] == "to you:")
 
     def _saw(self, label: str) -> None:
-        self.labels.pop(label, None)
-        self.labels[label] = None
+        if len(label) <= LABEL_CHARACTERS:
+            self.labels.pop(label, None)
+            self.labels[label] = None
         if len(self.labels) > LABELS_REMEMBERED:
             del self.labels[next(iter(self.labels))]
 
@@ -149,21 +158,22 @@ class People:
 class Style:
     """How a line that came is shown: as it is, or with colour, with the time, with a bell."""
 
-    def __init__(self, people: People | None, colour: bool, clock: bool, bell: bool) -> None:
+    def __init__(self, people: People, colour: bool, clock: bool, bell: bool, learn: bool) -> None:
         self.people = people
         self._colour = colour
         self._clock = clock
         self._bell = bell
+        self._learn = learn or colour or bell  # who is heard of
 
     def rows(self, block: bytes) -> bytes:
         """Return the lines of ``block`` with an empty row before each."""
-        if not (self.people or self._clock):
+        if not (self._learn or self._clock):
             return b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n"
         now = time.strftime("%H:%M ").encode() if self._clock else b""
         return b"".join(b"\n" + now + self._row(line) + b"\n" for line in block[:-1].split(b"\n"))
 
     def _row(self, line: bytes) -> bytes:
-        is_for_us = self.people is not None and self.people.heard(line)
+        is_for_us = self._learn and self.people.heard(line)
         if self._colour:
             line = self._coloured(line, is_for_us)
         return line + b"\a" if is_for_us and self._bell else line
@@ -183,6 +193,7 @@ class Screen:
     def __init__(self, style: Style) -> None:
         self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written,
         self.problem = ""  # as on a full disk, for this reason
+        self.people = style.people
         self._style = style
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
@@ -395,13 +406,13 @@ if sys.platform != "win32":
             return True
 
         def _completion(self, begun: str, number: int) -> str | None:
-            """Return the label of that number, of those seen that begin so."""
-            labels = [
-                label
-                for label in list(self._style.people.labels if self._style.people else ())
-                if label.startswith(begun)
-            ]
-            return labels[number] if number < len(labels) else None
+            """Return the label of that number, of those seen that begin so; if there is none, Tab is a character."""
+            labels = list(self.people.labels) if begun else []
+            matches = [label for label in labels if label.startswith(begun)]
+            if not matches:
+                self._insert("\t")
+                self._readline.rl_redisplay()
+            return matches[number] if number < len(matches) else None
 
         # What is asked of readline
 
@@ -459,7 +470,7 @@ def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     plain = options.plain or not (os.isatty(0) and os.isatty(1)) or (os.environ.get("TERM") or "dumb") == "dumb"
     colour = not (plain or options.no_color or os.environ.get("NO_COLOR"))
     bell = options.bell and os.isatty(1)
-    style = Style(None if plain and not bell else People(own_label), colour, options.time, bell)
+    style = Style(People(own_label), colour, options.time, bell, learn=not plain or options.reconnect)
     if not plain and sys.platform != "win32":
         with contextlib.suppress(ImportError, AttributeError, OSError, ValueError, termios.error):  # no GNU readline
             is_libedit = "libedit" in (importlib.import_module("readline").__doc__ or "")
@@ -506,6 +517,25 @@ def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, 
     if isinstance(error, (socket.timeout, TimeoutError)):
         return f"No answer from {host} port {port}: check the address; a firewall or another network may be between."
     return f"Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."
+
+
+def local_label(sock: socket.socket) -> str:
+    """Return what a server calls us first if it is no further than the other end: nothing for the way through ssh."""
+    name = sock.getsockname()
+    return str(name[1]) if isinstance(name, tuple) else ""
+
+
+def is_admitted(sock: socket.socket) -> bool:
+    """Return whether a server keeps us: it has neither closed nor said why it will. Blocks ADMITTED_SECONDS at most.
+
+    Raises OSError when the connection is lost already.
+    """
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        if not selector.select(ADMITTED_SECONDS):
+            return True
+    beginning = sock.recv(100, socket.MSG_PEEK)
+    return bool(beginning) and not beginning.startswith((b"* server full", b"* server stopping"))
 
 
 class Interrupted(Exception):
@@ -589,7 +619,7 @@ def typed(screen: Screen) -> Iterator[tuple[bytes, bool]]:
             if unsent:
                 screen.notice(LINE_TOO_LONG)
             elif words:
-                yield data, words == "exit"
+                yield data, words == "exit" or line.rstrip("\t ") == "/quit"
 
 
 def piped() -> Iterator[tuple[bytes, bool]]:
@@ -605,7 +635,7 @@ def piped() -> Iterator[tuple[bytes, bool]]:
         if not data:
             return
         window = unfinished + data
-        exit_line = EXIT.search(window) if b"exit" in window else None
+        exit_line = EXIT.search(window) if b"exit" in window or b"/quit" in window else None
         if exit_line:
             yield data[: exit_line.end() - len(unfinished)], True
             return
@@ -619,12 +649,15 @@ def piped() -> Iterator[tuple[bytes, bool]]:
 
 
 class Conversation:
-    """One connection, from the greeting to the farewell."""
+    """A connection, or with ``connect_again`` one after another, from the greeting to the farewell."""
 
-    def __init__(self, sock: socket.socket, screen: Screen, name: str) -> None:
+    def __init__(
+        self, sock: socket.socket, screen: Screen, name: str, connect_again: Callable[[], socket.socket] | None = None
+    ) -> None:
         self._sock = sock
         self._screen = screen
         self._name = name  # to ask the server for
+        self._connect_again = connect_again
         self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
         # A signal's number can be read here as it comes. Python calls its handler later, when the main thread gets to
         # it: never, for one that comes just before a blocking read.
@@ -636,11 +669,14 @@ class Conversation:
         self._awake = threading.Event()
         self._interrupting = False  # in the handler: an Event must not be set in the middle of its being set
         self._leaving = False  # so that the server's end-of-file is no surprise
+        self._over = threading.Event()  # no use in connecting again
         # Set by either.
         self._ctrl_c = False
         # Set by the receive thread.
+        self._turned_away = False  # for good: there is no use in trying again
         self._received_all = False
         self._problem: str | None = None  # why the connection was lost
+        self._connected = True
 
     # Runs in the main thread
 
@@ -661,6 +697,7 @@ class Conversation:
                 self._receiver.join(LEAVE_SECONDS if os.isatty(0) else None)
             finally:
                 self._waiting = False
+                self._over.set()
                 self._done_waiting.set()
         except Interrupted:
             with contextlib.suppress(OSError):  # it is lost
@@ -670,18 +707,33 @@ class Conversation:
 
     def _send_input(self) -> None:
         try:
-            if self._name:
-                self._sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
+            self._ask_for_name()
             for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
                 self._leaving = is_exit
-                self._sock.sendall(data)
+                if data.startswith(b"/nick "):
+                    self._name = data[6:].decode("utf-8", "replace").strip()
+                    self._screen.people.asked_for = self._name
+                self._send(data)
                 if is_exit:
                     break
             self._leaving = True
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:  # the connection is lost: the receive thread shows what had come, and may know why
-            self._receiver.join()
-            self._problem = self._problem or SERVER_CLOSED
+            if not self._connect_again:
+                self._receiver.join()
+                self._problem = self._problem or SERVER_CLOSED
+
+    def _send(self, data: bytes) -> None:
+        """Send what was entered, or say that it was not sent if that may still change. Raises OSError if not."""
+        try:
+            if not self._connected:
+                raise ConnectionError
+            self._sock.sendall(data)
+        except OSError:
+            if not self._connect_again:
+                raise
+            if not self._leaving:
+                self._screen.notice(NOT_SENT)
 
     def _on_ctrl_c(self, *_: object) -> None:
         self._ctrl_c = True
@@ -709,20 +761,58 @@ class Conversation:
     # Runs in the receive thread
 
     def _receive(self) -> None:
-        """Show what comes until the connection ends; then get the main thread out of its wait for input."""
+        """Show what comes until the last connection ends; then get the main thread out of its wait for input."""
+        problem = self._show_what_comes()
+        while problem and self._connect_again and not (self._turned_away or self._leaving or self._ctrl_c):
+            problem = self._show_what_comes() if self._reconnect(self._connect_again) else None
+        self._problem = problem
+        self._received_all = True
+        self._interrupt_input()
+
+    def _show_what_comes(self) -> str | None:
+        """Show what comes until the connection ends; return why it was lost, if it was."""
         try:
             for block in lines_to_show(received(self._sock)):
                 self._screen.show(block)
                 if self._screen.gone:
-                    break
-            if not self._leaving:
-                self._problem = SERVER_CLOSED
+                    return None
+            return None if self._leaving else SERVER_CLOSED
         except WrongServer as error:
-            self._problem = str(error)
+            self._turned_away = True
+            return str(error)
         except OSError as error:
-            self._problem = f"{error.strerror}; check the network, and whether the server still runs."
-        self._received_all = True
-        self._interrupt_input()
+            return f"{error.strerror}; check the network, and whether the server still runs."
+
+    def _reconnect(self, connect_again: Callable[[], socket.socket]) -> bool:
+        """Try to connect until that works, and say so; return whether it does before the main thread leaves."""
+        self._connected = False
+        with contextlib.suppress(OSError):  # whoever is sending is to notice
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._screen.show(b"* connection lost, trying again\n")
+        for seconds in itertools.chain(RECONNECT_SECONDS, itertools.repeat(RECONNECT_SECONDS[-1])):
+            if self._over.wait(seconds):
+                return False
+            with contextlib.suppress(OSError, UnicodeError, NotConnected):  # not yet
+                sock = connect_again()
+                if is_admitted(sock):
+                    break
+                sock.close()
+        lost, self._sock = self._sock, sock
+        lost.close()
+        people = self._screen.people
+        if people.own_label and not people.own_label[0].isdigit():  # not a port: the last name that we got
+            self._name = people.own_label
+        people.own_label = local_label(sock)
+        with contextlib.suppress(OSError):  # lost again: the reading will tell
+            self._ask_for_name()
+        self._connected = True
+        self._screen.show(b"* connected again\n")
+        return True
+
+    def _ask_for_name(self) -> None:
+        if self._name:
+            self._screen.people.asked_for = self._name
+            self._sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
 
     # Runs in the watch thread
 
@@ -758,7 +848,9 @@ class Conversation:
     def _farewell(self) -> int:
         """Say how the conversation ended; return the exit status."""
         if self._ctrl_c:
-            if not self._receiver.is_alive():  # else it is stuck in showing something, and so would this be
+            if not (
+                self._receiver.is_alive() and self._connected
+            ):  # else it is stuck in showing something, and so would this be
                 self._screen.say(FAREWELL)
             return 130
         if self._screen.gone:
@@ -842,12 +934,13 @@ def the_server_found() -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def through_ssh(target: str, host: str, port: int) -> Iterator[socket.socket]:
+def through_ssh(target: str, host: str, port: int, again: bool = False) -> Iterator[socket.socket]:
     """Give a connection to ``host`` and ``port`` as ``target`` sees them, through the user's own ssh: ssh(1), -W.
 
     Blocks while ssh connects, asks what it has to ask on the terminal, and authenticates: then it runs LocalCommand,
     ssh_config(5), whose output comes to us as the first line. The chat begins behind that, so that only one of the two
     reads the terminal at any time. Raises NotConnected; what ssh has to say about it is on standard error then.
+    ``again`` is for when the terminal is in use: ssh asks and says nothing then, and fails if it would have to ask.
     Ctrl-C reaches ssh too, which leaves the terminal as it was; once it ends, so does the chat. At the end ssh is gone.
     """
     command = ["ssh", "-W", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
@@ -857,6 +950,7 @@ def through_ssh(target: str, host: str, port: int) -> Iterator[socket.socket]:
         "ControlPath=none",  # a connection that is shared runs no LocalCommand
         f"ConnectTimeout={CONNECT_SECONDS:.0f}",
         f"ServerAliveInterval={SSH_ALIVE_SECONDS}",
+        *(("BatchMode=yes", "LogLevel=QUIET") if again else ()),
     ):
         command += ["-o", option]
     try:
@@ -984,6 +1078,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--name", default=os.environ.get("MYCHAT_NAME", ""), help="be called this (default: MYCHAT_NAME, or the port)"
     )
     parser.add_argument("--bell", action="store_true", help="ring when a line names you (default: do not)")
+    parser.add_argument("--reconnect", action="store_true", help="after a lost connection, try again (default: do not)")
     parser.add_argument("--time", action="store_true", help="show when each line came (default: do not)")
     parser.add_argument("--no-color", action="store_true", help="show no colours (default: show them in a terminal)")
     parser.add_argument(
@@ -991,6 +1086,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"mychatclient {__version__}")
     options = parser.parse_args(argv)
+    if options.reconnect and not (os.isatty(0) and os.isatty(1)):
+        parser.error("--reconnect is for a terminal: what comes through a pipe meanwhile would be lost")
     if options.lan and (options.host is not None or options.ssh is not None):
         parser.error("--lan finds host and port by itself: leave out what else tells whom to join")
     if options.ssh is not None and (not options.ssh or options.ssh.startswith("-")):  # which ssh takes for an option
@@ -1013,21 +1110,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             warn(f"{options.host} is where a server listens, not an address to join: use one that the server printed.")
             return 1
         with contextlib.ExitStack() as at_the_end:
+
+            def join(again: bool = False) -> socket.socket:
+                if options.ssh:
+                    return at_the_end.enter_context(through_ssh(options.ssh, options.host, options.port, again))
+                return connect(options.host, options.port)
+
             try:
                 if options.lan:
                     options.host, options.port = the_server_found()
-                if options.ssh:
-                    sock = at_the_end.enter_context(through_ssh(options.ssh, options.host, options.port))
-                else:
-                    sock = connect(options.host, options.port)
+                sock = join()
             except (NotConnected, OSError, UnicodeError) as error:
                 warn(connecting_problem(error, options.host, options.port))
                 forget_typed()
                 return 1
-            own_label = "" if options.ssh else str(sock.getsockname()[1])
-            screen = screen_for(options, own_label)  # from here on a signal may find it
+            screen = screen_for(options, local_label(sock))  # from here on a signal may find it
+            name = " ".join(options.name.split())
             try:
-                return Conversation(sock, screen, " ".join(options.name.split())).run()
+                return Conversation(sock, screen, name, (lambda: join(again=True)) if options.reconnect else None).run()
             finally:
                 screen.close()
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ The threads, and who owns what
     main            waits; the signals that stop the server wake the server thread.
     server thread   accepts, starts the handlers, empties backlogs, keeps the clock; owns the selector.
     handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
-    console         writes what is shown on standard output, however slow that is.
+    writers         one each for standard output, standard error and the log, however slow those are.
     With ``--lan`` the server thread also answers the questions of ``mychatclient.py --lan``: see Discovery.
 
 The relay
@@ -82,6 +82,7 @@ STALL_SECONDS = 30  # in which somebody with any backlog must take something, el
 POUR_BYTES = 524_288  # who has said as much since it last took anything has FLOOR_SECONDS only
 FLUSH_BYTES = 262_144  # sent to one client before the next has its turn: a typist must not wait for a backlog
 MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
+SMALL_BYTES = 4_096  # pieces under this are joined in a backlog: as objects they would take many times their bytes
 MAX_PIECES = 1_024  # in one sendmsg: IOV_MAX on Linux and macOS
 
 WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
@@ -97,6 +98,7 @@ ACCEPTS_A_PASS = 64  # before backlogs have their turn again
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
 NAME_CHARACTERS = 24  # of a name at most
+UNCOMPOSED_CHARACTERS = 4 * NAME_CHARACTERS + 1  # more than become a name: at most four compose one
 WHO_SHOWN = 50  # labels in one answer to /who
 QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
@@ -201,7 +203,8 @@ def spoken(block: bytes) -> Iterator[tuple[bytes, str]]:
         yield block, ""
         return
     lines: list[bytes] = []
-    for line in block[:-1].split(b"\n"):
+    for found in re.finditer(rb"[^\n]*\n", block):  # a list of all lines would stay while commands run
+        line = found[0][:-1]
         words = line.strip(b" \t")
         if words == b"exit":
             yield b"".join(lines), "/quit"
@@ -239,14 +242,20 @@ def labelled(label: str, lines: bytes, size: int) -> tuple[bytes, bytes]:
 class Batch:
     """The blocks of several speakers, joined, of which each member gets everything but its own lines."""
 
-    def __init__(self, blocks: Sequence[tuple[Client, bytes]]) -> None:
-        self.whole = b"".join(block for _, block in blocks)
-        whole = memoryview(self.whole)
+    def __init__(self, blocks: Sequence[tuple[Client | None, bytes]]) -> None:
+        """Join blocks; one that nobody speaks is a notice to all."""
+        joined = b"".join(block for _, block in blocks)
+        has_notices = any(speaker is None for speaker, _ in blocks)
+        self.spoken = b"".join(block for speaker, block in blocks if speaker) if has_notices else joined
+        whole = memoryview(joined)
         self._for_listeners: Sequence[memoryview] = (whole,)
         self._for_speakers: dict[Member, Sequence[memoryview]] = {}  # each has one block in the queue at a time
         start = 0
         for speaker, block in blocks:
             end = start + len(block)
+            if speaker is None:
+                start = end
+                continue
             pieces = [piece for piece in (whole[:start], whole[end:]) if piece]
             if pieces and 2 * len(block) > len(whole):
                 # A copy: a backlog of small views would keep all of its owner's own lines in memory.
@@ -270,8 +279,8 @@ class History:
     def add(self, batch: Batch) -> None:
         """Keep a batch, and no more before it than may be told."""
         if self._lines:
-            self._batches.append(batch.whole)
-            self._bytes += len(batch.whole)
+            self._batches.append(batch.spoken)
+            self._bytes += len(batch.spoken)
             while self._bytes - len(self._batches[0]) >= HISTORY_BYTES:
                 self._bytes -= len(self._batches.popleft())
 
@@ -364,6 +373,8 @@ class Client:
                 self._said_at_taking = self.said
             if sent == size or self._state > OPEN:
                 return 0
+            if was_behind and size < SMALL_BYTES > len(self._backlog[-1]):
+                pieces = [memoryview(b"".join((self._backlog.pop(), *pieces)))]
             self._backlog.extend(pieces)
             self.behind += size
             self._advance(sent)
@@ -681,10 +692,10 @@ class Room:
         self._turn = threading.Lock()
         self._members: list[Member] = [*([] if quiet else [console]), *([log] if log else [])]
         self._history = History(history)
-        self._clients: dict[str, Client] = {}  # by label, folded
         # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
         self._queue_lock = threading.Lock()
-        self._queue: collections.deque[tuple[Client, bytes]] = collections.deque()
+        self._clients: dict[str, Client] = {}  # by label, folded
+        self._queue: collections.deque[tuple[Client, bytes, bool]] = collections.deque()  # whose, what, is it to all
         self._queue_bytes = 0
         self._closed = False  # nothing more is put down, nobody comes in
         self._queued: set[Client] = set()  # who has a block in the queue: one at most
@@ -701,12 +712,13 @@ class Room:
     def join(self, client: Client) -> None:
         """Enter: from here on ``client`` is given every line. Raise Refused with the reason. Waits for the turn."""
         with self._turn:
-            if self._closed:
-                raise Refused("server stopping")
-            if self._max_clients is not None and len(self._clients) >= self._max_clients:
-                raise Refused(f"server full: {len(self._clients)} of {self._max_clients} clients")
-            client.label = self._free_label(client.address[1])
-            self._clients[client.label] = client
+            with self._queue_lock:
+                if self._closed:
+                    raise Refused("server stopping")
+                if self._max_clients is not None and len(self._clients) >= self._max_clients:
+                    raise Refused(f"server full: {len(self._clients)} of {self._max_clients} clients")
+                client.label = self._free_label(client.address[1])
+                self._clients[client.label] = client
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
             if self._announce:
@@ -719,9 +731,10 @@ class Room:
         with self._queue_lock:  # or somebody else could have its label when its last lines are relayed
             self._wait(client, lambda: client not in self._queued)
         with self._turn:
-            if not self._is_here(client):
-                return
-            del self._clients[folded(client.label)]
+            with self._queue_lock:
+                if not self._is_here(client):
+                    return
+                del self._clients[folded(client.label)]
             client.heard_from = None  # or those who left would be kept in a chain
             self._members.remove(client)
             self._console.say("Connection closed")
@@ -749,42 +762,27 @@ class Room:
             if not block:
                 return rest, False
             client.said += len(block)
-            self._queue.append((client, block))
-            self._queue_bytes += len(block)
-            self._queued.add(client)
-            must_take_turn = not self._turn_is_awaited
-            self._turn_is_awaited = True
-            return rest, must_take_turn
-
-    def reply(self, client: Client, *notices: str) -> None:
-        """Give lines to ``client`` alone, from its own handler; waits for the turn, and while it is late."""
-        with self._turn:
-            self._give(client, *notices)
-        with self._queue_lock:
-            self._wait(client, lambda: client.leaving or client not in self._late)
-
-    def who(self, client: Client) -> None:
-        """Tell ``client`` who is here. Blocks like ``reply``."""
-        with self._turn:
-            notice = self._who(client)
-        self.reply(client, notice)
+            return rest, self._append(client, block)
 
     def rename(self, client: Client, name: str) -> None:
-        """Give ``client`` another label, and tell all, in one step; or tell it that the name is taken.
+        """Give ``client`` another label, and tell all, in the order of what is said; or tell it that the name is taken.
 
-        Blocks like ``relay``: its earlier lines go out first, under the earlier label.
+        Blocks like ``relay``.
         """
-        notice = f"* {client.label} is now {name}"
-        if not self._wait_to_speak(client, notice):
-            return
-        with self._turn:
-            holder = self._clients.get(folded(name))
-            is_free = self._is_here(client) and holder in (None, client)
+        notice = f"* {client.label} is now {name}\n".encode()
+        must_take_turn = False
+        with self._queue_lock:
+            if not self._wait_to_speak(client, len(notice)):
+                return
+            is_free = self._clients.get(folded(name)) in (None, client) and self._is_here(client)
             if is_free:
                 del self._clients[folded(client.label)]
                 self._clients[folded(name)] = client
                 client.label = name
-                self._tell(self._members, notice)
+                must_take_turn = self._append(client, notice, to_all=True)
+        if must_take_turn:
+            with self._turn:
+                self._take_turn()
         if not is_free:
             self.reply(client, f"* name '{name}' is taken")
 
@@ -794,26 +792,36 @@ class Room:
         Blocks like ``relay``.
         """
         notice = f"* {client.label} to you: {text}"
-        if not self._wait_to_speak(client, notice):
-            return
+        with self._queue_lock:
+            if not self._wait_to_speak(client, len(notice.encode())):
+                return
         with self._turn:
-            found = self._clients.get(folded(target)) if isinstance(target, str) else target
-            is_here = found is not None and self._is_here(found)
+            with self._queue_lock:
+                found = self._clients.get(folded(target)) if isinstance(target, str) else target
+                is_here = found is not None and self._is_here(found)
             if found and is_here:
                 found.heard_from = client
                 self._give(found, notice)
         if not is_here:
-            self.reply(client, f"* nobody here is called {quoted(target if isinstance(target, str) else target.label)}")
+            gone = f"nobody here is called {quoted(target)}" if isinstance(target, str) else "who wrote to you has left"
+            self.reply(client, f"* {gone}")
 
-    def _wait_to_speak(self, client: Client, notice: str) -> bool:
-        """Wait until all that ``client`` said is out, and ``notice`` paid for; return whether it may be given.
+    def reply(self, client: Client, *notices: str) -> None:
+        """Give lines to ``client`` alone, from its own handler; waits for the turn, and while it is late."""
+        with self._turn:
+            self._give(client, *notices)
+        self._wait_on_time(client)
 
-        Blocks like ``relay``.
-        """
-        size = len(notice.encode())
+    def who(self, client: Client) -> None:
+        """Tell ``client`` who is here. Blocks like ``reply``."""
+        with self._turn:
+            self._take_turn()  # renames are told before
+            self._give(client, self._who(client))
+        self._wait_on_time(client)
+
+    def _wait_on_time(self, client: Client) -> None:
         with self._queue_lock:
-            self._wait(client, lambda: client.leaving or (self._may_speak(client) and self._pays(client, size)))
-            return not client.leaving
+            self._wait(client, lambda: client.leaving or client not in self._late)
 
     # Called from any thread
 
@@ -828,9 +836,9 @@ class Room:
 
     def close(self) -> None:
         """Let nobody in and nothing be said any more; relay what was put down."""
+        with self._queue_lock:  # first: from here on nobody new waits for the turn
+            self._closed = True
         with self._turn:
-            with self._queue_lock:
-                self._closed = True
             while self._queue:
                 self._take_turn()
 
@@ -843,12 +851,13 @@ class Room:
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
         with self._turn:
-            for client in self._clients.values():
-                self._console.say("Connection closed")
-                if self._log:
-                    self._log.say(f"* {client.label} left")
-            self._clients.clear()
+            for client in self._members:
+                if isinstance(client, Client):
+                    self._console.say("Connection closed")
+                    self._tell_of(client, "left")
             self._members.clear()
+            with self._queue_lock:
+                self._clients.clear()
 
     def is_late(self, client: Client) -> bool:
         """Return whether ``client``, of whose backlog something may have been sent, is still late."""
@@ -859,16 +868,6 @@ class Room:
 
     # Call with the turn held
 
-    def _free_label(self, port: int) -> str:
-        label, number = str(port), 1
-        while label in self._clients:  # the same port on another host
-            number += 1
-            label = f"{port}-{number}"
-        return label
-
-    def _is_here(self, client: Client) -> bool:
-        return self._clients.get(folded(client.label)) is client
-
     def _who(self, client: Client) -> str:
         """Return a notice that names the first who are here, in order of arrival, and ``client``."""
         clients = (member for member in self._members if isinstance(member, Client))
@@ -876,20 +875,22 @@ class Room:
         if client not in shown:
             shown[WHO_SHOWN - 1 :] = [client]
         names = ", ".join(member.label + (" (you)" if member is client else "") for member in shown)
-        more = len(self._clients) - len(shown)
-        return f"* {len(self._clients)} here: {names}" + (f", and {more} more" if more else "")
+        count = len(self._clients)
+        return f"* {count} here: {names}" + (f", and {count - len(shown)} more" if count > len(shown) else "")
 
     def _tell_of(self, client: Client, verb: str) -> None:
         """Have the log tell that ``client`` joined or left, and with ``--announce`` everyone else."""
         notice = f"* {client.label} {verb}"
         if self._log:
             self._log.say(notice)
-        if self._announce:
-            self._tell([other for other in self._clients.values() if other is not client], notice)
+        if self._announce and not self._closed:  # else nobody can get it
+            others = (member for member in self._members if isinstance(member, Client) and member is not client)
+            self._tell(others, notice)
 
     def _tell(self, members: Iterable[Member], notice: str) -> None:
+        pieces = [memoryview(f"{notice}\n".encode())]
         for member in members:
-            self._give(member, notice)
+            self._pass_on(member, pieces)
 
     def _take_turn(self) -> None:
         """Relay what is queued, a round at a time, until nothing is left or somebody else waits for the turn."""
@@ -904,14 +905,14 @@ class Room:
     def _next_batch(self) -> Batch | None:
         """Take a round from the queue, first come, first served."""
         size = self._round_bytes()
-        blocks: list[tuple[Client, bytes]] = []
+        blocks: list[tuple[Client | None, bytes]] = []
         with self._queue_lock:
             # In the same hold as the taking: a block put down in between would wait for nobody.
             self._turn_is_awaited = False
             was_full = self._queue_bytes > QUEUE_BYTES // 2
             while self._queue and (not blocks or size >= len(self._queue[0][1])):
-                client, block = self._queue.popleft()
-                blocks.append((client, block))
+                client, block, to_all = self._queue.popleft()
+                blocks.append((None if to_all else client, block))
                 size -= len(block)
                 self._queue_bytes -= len(block)
                 self._queued.remove(client)
@@ -939,6 +940,30 @@ class Room:
                     self._late.add(member)
 
     # Call with the queue's lock held
+
+    def _free_label(self, port: int) -> str:
+        label, number = str(port), 1
+        while label in self._clients:  # the same port on another host
+            number += 1
+            label = f"{port}-{number}"
+        return label
+
+    def _is_here(self, client: Client) -> bool:
+        return self._clients.get(folded(client.label)) is client
+
+    def _append(self, client: Client, block: bytes, to_all: bool = False) -> bool:
+        """Queue what ``client`` says, or a notice to all in its place; return whether to take the turn."""
+        self._queue.append((client, block, to_all))
+        self._queue_bytes += len(block)
+        self._queued.add(client)
+        must_take_turn = not self._turn_is_awaited
+        self._turn_is_awaited = True
+        return must_take_turn
+
+    def _wait_to_speak(self, client: Client, size: int) -> bool:
+        """Wait until all that ``client`` said is out, and ``size`` bytes are paid for; return whether it may speak."""
+        self._wait(client, lambda: client.leaving or (self._may_speak(client) and self._pays(client, size)))
+        return not client.leaving
 
     def _wait(self, client: Client, until: Callable[[], Awaited | None]) -> Awaited:
         """Wait until ``until`` returns something true, and return that. Only the handler of ``client`` may wait."""
@@ -1017,6 +1042,7 @@ RESERVED_NAMES = "server", "you", "exit"
 
 def folded(label: str) -> str:
     """Return ``label`` in the form in which two are the same."""
+    label = label[:UNCOMPOSED_CHARACTERS]  # what is longer is no label, and would take its time
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
 
 
@@ -1035,12 +1061,15 @@ def name_problem(name: str) -> str:
     return "it is reserved" if folded(name) in RESERVED_NAMES else ""
 
 
+def word_and_rest(text: str) -> tuple[str, str]:
+    """Return the first word of a text that begins with one, and what follows its blanks."""
+    word = text.replace("\t", " ", 1).partition(" ")[0]
+    return word, text[len(word) :].lstrip(" \t")
+
+
 def quoted(text: str) -> str:
     """Return the beginning of what somebody typed, to be told of it."""
     return f"'{text[:QUOTED_CHARACTERS]}{'…' if len(text) > QUOTED_CHARACTERS else ''}'"
-
-
-WORD_AND_TEXT = re.compile("([^ \t]+)[ \t]+(.*[^ \t].*)")
 
 
 class Quit(Exception):
@@ -1058,7 +1087,7 @@ def nick(room: Room, client: Client, wanted: str) -> None:
     wanted = wanted.strip(" \t")
     if not wanted:
         raise Usage
-    name = unicodedata.normalize("NFKC", wanted)
+    name = unicodedata.normalize("NFKC", wanted[:UNCOMPOSED_CHARACTERS])
     problem = name_problem(name)
     if problem:
         room.reply(client, f"* not a name: {quoted(wanted)}: {problem}")
@@ -1071,10 +1100,10 @@ def who(room: Room, client: Client, _: str) -> None:
 
 
 def private(room: Room, client: Client, argument: str) -> None:
-    found = WORD_AND_TEXT.fullmatch(argument)
-    if not found:
+    name, text = word_and_rest(argument)
+    if not text:
         raise Usage
-    room.tell(client, found[1], found[2])
+    room.tell(client, name, text)
 
 
 def answer(room: Room, client: Client, text: str) -> None:
@@ -1106,8 +1135,10 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Room, Client, str], None]]] = {
 
 def obey(room: Room, client: Client, line: str) -> None:
     """Do what a line with a command asks, in the handler of ``client``. Blocks like ``Room.relay``. Raises Quit."""
-    name = line.replace("\t", " ", 1).partition(" ")[0]
-    argument = line[len(name) :].lstrip(" \t")
+    name, argument = word_and_rest(line)
+    time.sleep(
+        0
+    )  # lets others run, who would wait for SWITCH_SECONDS while commands that say nothing follow each other
     if name not in COMMANDS:
         problem = f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /"
         room.reply(client, problem)
@@ -1336,6 +1367,7 @@ class Server:
                 for lines, command in spoken(block):
                     self._room.relay(client, lines)
                     if command:
+                        client.said += len(command)
                         obey(self._room, client, command)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)

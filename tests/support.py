@@ -178,7 +178,9 @@ class Server(Program):
         """Return a peer that is in the room: the console has said so, after chat lines, comings and goings."""
         peer = Peer(host, self.port, **options)
         expected = f"New connection from : {peer.address}"
-        passing = re.compile(r"\d+(-\d+)?:|New connection|Connection closed|Others join with|No address was found")
+        passing = re.compile(
+            r"[^ :*]+:|\* \S+ is now |New connection|Connection closed|Others join with|No address was found"
+        )
         while (line := self.line()) != expected:
             if not passing.match(line):
                 raise AssertionError(line)
@@ -348,6 +350,11 @@ class Terminal:
     def screen(self) -> str:
         """Return all that was shown, with plain newlines, without colours."""
         return as_text(self.output)
+
+    def drawn(self) -> str:
+        """Return the end of what is shown by now."""
+        self._read(0.02)
+        return as_text(self.output[-2_000:])
 
     def wait_for(self, text: str, seconds: float = SECONDS, within: bool = False) -> None:
         """Wait until the screen ends with ``text``, or has it somewhere."""

@@ -363,8 +363,7 @@ class PlainTerminals(Terminals):
 
 
 def style(own_label: str = "", colour: bool = False, clock: bool = False, bell: bool = False) -> mychatclient.Style:
-    people = mychatclient.People(own_label) if own_label or colour else None
-    return mychatclient.Style(people, colour, clock, bell)
+    return mychatclient.Style(mychatclient.People(own_label), colour, clock, bell, learn=False)
 
 
 class Looks(TestCase):
@@ -400,6 +399,12 @@ class Looks(TestCase):
         self.assertNotIn(b"\x1b[1m", looks.rows(b"bob:54358\n"))
         self.assertEqual(style("ann", bell=True).rows(b"bob:ann\n"), b"\nbob:ann\a\n")
 
+    def test_our_label_where_the_server_sees_another_port(self) -> None:
+        people = mychatclient.People("54358")
+        people.asked_for = "a\u0308nn"
+        people.heard("* 60000 is now änn".encode())
+        self.assertEqual(people.own_label, "änn")
+
     def test_labels_seen(self) -> None:
         people = mychatclient.People("54358")
         for line in (
@@ -416,6 +421,8 @@ class Looks(TestCase):
         self.assertEqual(list(people.labels), ["carol", "bob"])
         for number in range(2_000):
             people.heard(f"a{number}:x".encode())
+        people.heard(b"a" * 65 + b":x")
+        self.assertNotIn("a" * 65, people.labels)
         self.assertEqual(len(people.labels), mychatclient.LABELS_REMEMBERED)
 
     def test_the_time(self) -> None:
@@ -473,6 +480,19 @@ class Names(TestCase):
             client(server.port) as program,
         ):
             program.expect(GREETING, "", "* not a name: 'bob Hi!': letters, digits, _, - and . only")
+
+
+class Quitting(TestCase):
+    def test_quit_leaves_like_exit(self) -> None:
+        with Server() as server:
+            with client(server.port) as program:
+                program.expect(GREETING)
+                program.send(b"/quit\n")
+                program.expect(FAREWELL)
+                self.assertEqual(program.wait(), 0)
+            with in_terminal(server.port) as terminal:
+                terminal.type("/quit\r")
+                self.assertEqual(terminal.wait(), 0)
 
 
 class Connecting(TestCase):

@@ -129,7 +129,7 @@ class HistoryTests(TestCase):
         for size, lines, told in ((100, 3, 3), (1, 100_000, 100_000), (300_000, 3, 3), (300_000, 9, 3)):
             for asks in (1, 2):
                 history = History(lines)
-                client: Client = None  # type: ignore[assignment]
+                client: Client = object()  # type: ignore[assignment]
                 for number in range(200_000 if size == 1 else 20):
                     history.add(Batch([(client, (f"{number}".encode().ljust(size - 1, b".") + b"\n")[-size - 9 :])]))
                 self.assertLess(history._bytes, 2 * HISTORY_BYTES)

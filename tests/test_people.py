@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import re
+import signal
 import sys
+import threading
 import unicodedata
 
 from mychatserver import COMMANDS, LINE_TOO_LONG, folded, name_problem
-from tests.support import SERVER, Background, Peer, Server, TestCase, eventually
+from tests.support import SECONDS, SERVER, Background, Peer, Server, TestCase, eventually
 
 OTHER_HOST = "127.0.0.2"
 
@@ -223,6 +225,73 @@ class Who(People):
             self.assertLess(self.server.memory() - before, 8_000_000)
 
 
+class Rude(People):
+    """Commands that cost much more than they say."""
+
+    def test_long_arguments_hold_up_nobody(self) -> None:
+        """Each is worked on in no time, though quadratic ways of taking it apart would take many seconds."""
+        marks = "\u0301" * 16_000 + "\u0323" * 16_000
+        for command in (f"/msg a{' ' * 65_000}", f"/msg a{marks[:20_000]} x", f"/nick a{marks[:20_000]}"):
+            for _ in range(20):
+                self.ann.say(command)
+            for _ in range(20):
+                self.assertTrue(self.ann.line().startswith(b"* "))
+        self.assertLess(self.server.work()[1], 8.0)  # seconds; it was 15 for one of the first
+
+    def test_commands_that_say_nothing_hold_up_nobody(self) -> None:
+        background = Background()
+        stop = threading.Event()
+
+        def flood(number: int, peer: Peer) -> None:
+            peer.say(f"/nick n{number}")
+            while not stop.is_set():
+                peer.send(f"/nick n{number}\n" * 1_000)
+
+        with contextlib.ExitStack() as stack:
+            for number in range(10):
+                background.run(flood, number, stack.enter_context(self.server.peer()))
+            for number in range(20):
+                self.ann.say(str(number))
+                self.bob.wait_for(self.ann.label, str(number))
+            stop.set()
+            background.join()
+
+    def test_a_backlog_of_short_answers_takes_little_more_than_its_bytes(self) -> None:
+        with self.server.peer(receive_buffer=4_096) as greedy:
+            before = self.server.memory()
+            with contextlib.suppress(OSError):
+                greedy.socket.settimeout(2)
+                while True:
+                    greedy.send(b"/r\n" * 20_000)  # until it is not read any more
+            self.assertLess(self.server.memory() - before, 12_000_000)  # it was 22
+
+    def test_many_renames_are_relayed_together(self) -> None:
+        """A typist among fifty that change their names all the time is heard, and a stop takes no time."""
+        background = Background()
+
+        def flood(number: int, peer: Peer) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    peer.send(f"/nick a{number}\n/nick b{number}\n" * 100)
+
+        def read(peer: Peer) -> None:
+            with contextlib.suppress(OSError):
+                while peer.socket.recv(1 << 20):
+                    pass
+
+        with contextlib.ExitStack() as stack:
+            for number in range(50):
+                peer = stack.enter_context(self.server.peer())
+                background.run(flood, number, peer)
+                background.run(read, peer)
+            for number in range(10):
+                self.ann.say(str(number))
+                self.bob.wait_for(self.ann.label, str(number))
+            self.server.process.send_signal(signal.SIGTERM)
+            self.server.process.wait(SECONDS)
+        background.join()
+
+
 class Private(People):
     def test_a_private_word_is_for_one_alone(self) -> None:
         self.name(self.ann, "ann")
@@ -252,7 +321,7 @@ class Private(People):
         self.ann.expect_end()
         self.server.expect(f"* {third.label} is now ann", "Connection closed")
         self.bob.say("/r you?")
-        self.bob.expect("* nobody here is called 'anna'")
+        self.bob.expect("* who wrote to you has left")
 
     def test_refusals(self) -> None:
         for said, answer in (
@@ -333,6 +402,7 @@ NOTICES = (
     "* 3 here: 54358, ann (you), bob",
     "* ann to you: text",
     "* nobody here is called 'bob'",
+    "* who wrote to you has left",
     "* nobody has written to you privately",
     "* unknown command '/mgs': /help lists them, // sends a line that starts with /",
     *(f"* usage: {usage}" for usage, _, _ in COMMANDS.values()),
@@ -343,7 +413,7 @@ NOTICES = (
 class Forging(People):
     def test_the_list_is_complete(self) -> None:
         source = pathlib.Path(SERVER).read_text()
-        for text in re.findall(r'f?"(\* [^"]*)"', source):
+        for text in re.findall(r'f?"(\* [^"]*)"', source.replace('"* {gone}"', "")):
             pattern = ".*".join(re.escape(part) for part in re.split(r"\{[^{}]*\}", text.replace("\\n", "")))
             self.assertTrue(any(re.fullmatch(pattern, notice) for notice in NOTICES), text)
 

@@ -276,8 +276,8 @@ class Typing(TestCase):
                 ("gone\x15kept\r", "kept"),
                 ("kept gone\x1bb\x0b\r", "kept "),
                 ("\x12four\r\r", "four three!"),
-                ("a\tb\r", "ab"),
-                ("/et\tc\r", "/etc"),
+                ("a\tb\r", "a\tb"),
+                ("\tif x:\r", "\tif x:"),
             ):
                 with self.subTest(typed=typed):
                     client.type(typed)
@@ -291,7 +291,7 @@ class Typing(TestCase):
                 ("/msg b\t Hi!\r", "/msg bob Hi!"),
                 ("Zo\t: Hi!\r", "Zoë: Hi!"),
                 ("ann\tx\r", "annikax"),
-                ("c\t\r", "c"),
+                ("c\t!\r", "c\t!"),
             ):
                 client.type(typed)
                 self.assertEqual(client.heard(), expected)

@@ -1,0 +1,176 @@
+"""A client that comes back by itself after its connection was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import sys
+import unittest
+
+from tests.support import CLIENT, LOOPBACK, Peer, Program, Server, Terminal, TestCase, eventually, free_port
+
+GREETING = "Connected to chat server. Type 'exit' to leave."
+LOST = "\n* connection lost, trying again\n"
+BACK = "\n* connected again\n"
+FAREWELL = "Disconnected from server"
+
+
+@unittest.skipIf(sys.platform == "win32", "needs pseudo-terminals")
+class Reconnecting(TestCase):
+    def setUp(self) -> None:
+        self.port = free_port()
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+
+    def serve(self, *options: str) -> Server:
+        server: Server = self.stack.enter_context(Server("--port", str(self.port), *options))
+        return server
+
+    def client(self, *options: str) -> Terminal:
+        command = (sys.executable, CLIENT, "--no-color", "--reconnect", *options, LOOPBACK, str(self.port))
+        terminal: Terminal = self.stack.enter_context(Terminal(*command))
+        terminal.wait_for(f"{GREETING}\n", within=True)
+        return terminal
+
+    def shows(self, client: Terminal, text: str, at_the_end: bool = False) -> None:
+        """Wait until the end of what is shown has ``text``."""
+        eventually(lambda: client.drawn().endswith(text) if at_the_end else text in client.drawn())
+
+    def kill(self, server: Server) -> None:
+        server.process.kill()
+        server.process.wait()
+
+    def test_ten_with_half_typed_lines_come_back_with_their_names_and_hear_what_they_missed(self) -> None:
+        server = self.serve()
+        clients = [self.client("--name", f"n{number}") for number in range(10)]
+        for number, client in enumerate(clients):
+            client.wait_for(f"is now n{number}\n", within=True)
+            client.type(f"half {number}")
+        for number, client in enumerate(clients):
+            self.shows(client, f"half {number}", at_the_end=True)
+        self.kill(server)
+        for number, client in enumerate(clients):
+            client.wait_for(f"{LOST}half {number}")
+        server = self.serve("--history", "9")
+        with Peer(LOOPBACK, self.port) as early:
+            early.say("missed")
+            # Those who come after that are told; those who came before have heard it.
+            for number, client in enumerate(clients):
+                client.wait_for(":missed\n", within=True)
+                client.wait_for(f"is now n{number}\n", within=True)
+                self.shows(client, BACK)
+            for number, client in enumerate(clients):
+                self.shows(client, f"\nhalf {number}", at_the_end=True)
+            clients[3].type(" done\r")
+            early.wait_for("n3", "half 3 done")
+        for client in clients:
+            client.type("\x15exit\r")
+            self.assertEqual(client.wait(), 0)
+            self.assertEqual(client.screen().count(FAREWELL), 1)
+            self.assertEqual(client.attributes(), client.before)
+
+    def test_a_line_entered_meanwhile_is_said_not_to_be_sent_and_is_one_up_away(self) -> None:
+        server = self.serve()
+        client = self.client()
+        self.kill(server)
+        client.wait_for(LOST)
+        client.type("lost words\r")
+        client.wait_for("\n* not connected: this line was not sent\n")
+        server = self.serve()
+        client.wait_for(BACK)
+        with server.peer() as ann:
+            client.type("\x1b[A\r")
+            self.assertRegex(ann.line(), rb"^\d+:lost words$")
+
+    def test_ctrl_c_and_exit_while_there_is_no_connection(self) -> None:
+        for typed, status in (("\x03", 130), ("exit\r", 0), ("\x04", 0), ("half\x03", 130)):
+            with self.subTest(typed=typed):
+                server = self.serve()
+                client = self.client()
+                self.kill(server)
+                client.wait_for(LOST)
+                client.type(typed)
+                self.assertEqual(client.wait(), status)
+                self.assertTrue(client.screen().endswith(f"{FAREWELL}\n"))
+                self.assertNotIn("Connection lost", client.screen())
+                self.assertEqual(client.attributes(), client.before)
+
+    def test_a_server_that_is_full_is_tried_again(self) -> None:
+        server = self.serve()
+        client = self.client()
+        self.kill(server)
+        client.wait_for(LOST)
+        server = self.serve("--max-clients", "1")
+        with server.peer():
+            self.assertTrue(eventually(lambda: b"Refused" in server.output))
+            self.assertNotIn(BACK, client.drawn())
+        client.wait_for(BACK)
+
+    def test_the_last_name_that_was_got_is_taken_again(self) -> None:
+        server = self.serve()
+        client = self.client("--name", "first")
+        client.wait_for("is now first\n")
+        client.type("/nick second\r")
+        client.wait_for("is now second\n")
+        client.type("/nick not:one\r")
+        client.wait_for("only\n")
+        self.kill(server)
+        client.wait_for(LOST)
+        self.serve()
+        client.wait_for("is now second\n")
+
+    def test_a_web_server_that_took_the_port_is_no_reason_to_go_on(self) -> None:
+        server = self.serve()
+        client = self.client()
+        self.kill(server)
+        client.wait_for(LOST)
+        with socket.create_server((LOOPBACK, self.port)) as listener:
+            listener.settimeout(60)
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                self.assertEqual(client.wait(), 1)
+        self.assertIn("Connection lost: that is a web server", client.screen())
+
+    def test_without_a_terminal_or_a_first_connection_there_is_no_such_thing(self) -> None:
+        with Program(sys.executable, CLIENT, "--reconnect", LOOPBACK, str(self.port)) as program:
+            self.assertEqual(program.wait(), 2)
+            self.assertIn("--reconnect is for a terminal", program.errors())
+        command = (sys.executable, CLIENT, "--reconnect", LOOPBACK, str(self.port))
+        with Terminal(*command) as terminal:
+            self.assertEqual(terminal.wait(), 1)
+            self.assertRegex(terminal.screen(), r"^No server at [^\n]+\n$")
+
+    def test_fifty_are_back_named_within_ten_seconds(self) -> None:
+        """From when a new server listens; each has a name again, and nobody has it twice."""
+        server = self.serve()
+        clients = [self.client("--name", f"n{number}") for number in range(50)]
+        for number, client in enumerate(clients):
+            client.wait_for(f"is now n{number}\n", within=True)
+        self.kill(server)
+        server = self.serve()
+        with Peer(LOOPBACK, self.port) as witness:
+
+            def all_here() -> bool:
+                witness.say("/who")
+                while not (line := witness.line()).startswith(b"* "):
+                    pass
+                return len(re.findall(rb"\bn\d+\b", line)) >= 49  # fifty are shown, the witness among them
+
+            eventually(all_here)
+        for number in (0, 49):
+            clients[number].wait_for(f"is now n{number}\n", within=True)
+
+    def test_stopped_and_continued(self) -> None:
+        """A machine that sleeps: the connection is lost meanwhile, and found again on waking."""
+        server = self.serve()
+        client = self.client()
+        client.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, client.process.pid, os.WSTOPPED | os.WNOWAIT)
+        self.kill(server)
+        server = self.serve()
+        client.process.send_signal(signal.SIGCONT)
+        client.wait_for(f"{LOST}{BACK}")
