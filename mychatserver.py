@@ -723,7 +723,9 @@ class Room:
             self._console.say(f"New connection from : {client.address}")
             if self._announce:
                 self._give(client, self._who(client))
-            self._pass_on(client, [memoryview(self._history.told())])
+            told = self._history.told()
+            if told:
+                self._pass_on(client, [memoryview(told)])
             self._tell_of(client, "joined")
 
     def leave(self, client: Client) -> None:

@@ -165,7 +165,8 @@ class Flow(TestCase):
         threading.Event().wait(1)  # in which they have said their share
         self.assertLess(self.server.memory() - before, 40 * MB)
         for peer in (pourer, *shouters):
-            peer.socket.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # let go: on a busy machine a test's threads may not have read for long
+                peer.socket.shutdown(socket.SHUT_RDWR)
         background.join()
 
     def test_a_reader_at_1_kb_a_second_is_let_go_and_holds_the_others_for_seconds_only(self) -> None:
