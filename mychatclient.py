@@ -26,7 +26,6 @@ import functools
 import importlib
 import io
 import ipaddress
-import itertools
 import os
 import re
 import secrets
@@ -52,9 +51,12 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 12000
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
+REFUSALS = b"* server full", b"* server stopping"
+TURNED_AWAY = "the server has turned this client away; try again later."
 SERVER_CLOSED = "the server closed the connection; try again later."
 
 CONNECT_SECONDS = 10.0  # for all addresses of a name together
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
 READ_BYTES = 65_536  # read at once, from the connection and from a pipe
 MAX_LINE_BYTES = 65_536  # that a person may send: what the server takes
 MAX_SHOWN_BYTES = 262_144  # shown as one line: more than a chat server sends, and a bound for any other
@@ -62,13 +64,13 @@ SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has fin
 LEAVE_SECONDS = 1.0  # for the server to close, after a person has typed exit
 COLOURS = 31, 32, 34, 35, 36  # of labels: what can be read on dark and on light
 BOLD, DIM, PLAIN_TEXT = b"\x1b[1m", b"\x1b[2m", b"\x1b[m"
-LABELS_REMEMBERED = 1_000  # for completion,
-LABEL_CHARACTERS = 64  # and none that is longer
+LABELS_REMEMBERED = 1_000  # for completion
 RL_STATE_CALLBACK = 0x80000  # a line is being edited: readline.h
 RL_STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
 INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
 RECONNECT_SECONDS = 0.5, 1.0, 2.0, 5.0  # before each try to connect again; the last for ever
+STEADY_SECONDS = 10.0  # a connection that lasted so long: the pauses begin anew
 ADMITTED_SECONDS = 0.5  # in which a server that turns somebody away has said so
 STUCK_SECONDS = 2.0  # after which a main thread that has to end is stuck, behind Ctrl-S for example
 
@@ -93,6 +95,7 @@ MOST_FOUND = 20  # servers: a rude neighbour could answer for thousands
 SSH_READY = b"mychat-is-through"  # what ssh has our side say when it has authenticated
 SSH_REFUSAL_SECONDS = 0.5  # in which the other machine most probably tells that no server is there
 SSH_ALIVE_SECONDS = 30  # between two signs of life: a router at home forgets a silent connection in minutes
+SSH_AGAIN_SECONDS = 20.0  # for ssh to get through again: it may hang where ConnectTimeout does not count
 SSH_END_SECONDS = 1.0  # for ssh to take the last lines along and end
 
 
@@ -104,8 +107,8 @@ TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # What others said, and what the server says of people: to know their labels.
-SPOKEN = re.compile("([^ :*]+):(.*)")
-NOTICE = re.compile(r"\* ([^ :]+) (?:is now ([^ :]+)$|(joined$|left$|to you:))")
+SPOKEN = re.compile("([^ :*]{1,64}):(.*)")  # no label is longer
+NOTICE = re.compile(r"\* ([^ :]{1,64}) (?:is now ([^ :]{1,64})$|(joined$|left$|to you:))")
 EXIT = re.compile(rb"(?:^|\n|\r\0)(?:[\t ]*exit|/quit)[\t ]*(?:\r?\n|\r\0)")
 
 
@@ -135,12 +138,14 @@ class People:
         if spoken:
             self._saw(spoken[1])
             return bool(self.own_label and re.search(rf"(?<!\w){re.escape(self.own_label)}(?!\w)", spoken[2]))
+        if text.startswith(("* name '", "* not a name: ")):
+            self.asked_for = ""
         notice = NOTICE.match(text)
         if notice:
             label, new_label, verb = notice.groups()
             # The server may see us come from another port than we do.
             if new_label and (label == self.own_label or new_label == unicodedata.normalize("NFKC", self.asked_for)):
-                self.own_label = new_label
+                self.own_label, self.asked_for = new_label, ""
             if new_label or verb == "left":
                 self.labels.pop(label, None)
             if verb != "left":
@@ -148,9 +153,8 @@ class People:
         return bool(notice and notice[3] == "to you:")
 
     def _saw(self, label: str) -> None:
-        if len(label) <= LABEL_CHARACTERS:
-            self.labels.pop(label, None)
-            self.labels[label] = None
+        self.labels.pop(label, None)
+        self.labels[label] = None
         if len(self.labels) > LABELS_REMEMBERED:
             del self.labels[next(iter(self.labels))]
 
@@ -498,6 +502,10 @@ def connect(host: str, port: int) -> socket.socket:
                 sock.connect(address)
                 sock.settimeout(None)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in KEEPALIVE.items():
+                    with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
+                        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             except OSError as error:
                 problem = error
             else:
@@ -525,6 +533,13 @@ def local_label(sock: socket.socket) -> str:
     return str(name[1]) if isinstance(name, tuple) else ""
 
 
+def pauses() -> Iterator[float]:
+    """Yield the seconds to wait before each try to connect again."""
+    yield from RECONNECT_SECONDS
+    while True:
+        yield RECONNECT_SECONDS[-1]
+
+
 def is_admitted(sock: socket.socket) -> bool:
     """Return whether a server keeps us: it has neither closed nor said why it will. Blocks ADMITTED_SECONDS at most.
 
@@ -535,7 +550,7 @@ def is_admitted(sock: socket.socket) -> bool:
         if not selector.select(ADMITTED_SECONDS):
             return True
     beginning = sock.recv(100, socket.MSG_PEEK)
-    return bool(beginning) and not beginning.startswith((b"* server full", b"* server stopping"))
+    return bool(beginning) and not beginning.startswith(REFUSALS)
 
 
 class Interrupted(Exception):
@@ -673,6 +688,7 @@ class Conversation:
         # Set by either.
         self._ctrl_c = False
         # Set by the receive thread.
+        self._pauses = pauses()  # before tries to connect again
         self._turned_away = False  # for good: there is no use in trying again
         self._received_all = False
         self._problem: str | None = None  # why the connection was lost
@@ -710,30 +726,32 @@ class Conversation:
             self._ask_for_name()
             for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
                 self._leaving = is_exit
-                if data.startswith(b"/nick "):
-                    self._name = data[6:].decode("utf-8", "replace").strip()
+                if self._send(data) and data.startswith(b"/nick "):
+                    self._name = data[6:106].decode("utf-8", "replace").strip()  # more is no name
                     self._screen.people.asked_for = self._name
-                self._send(data)
                 if is_exit:
                     break
             self._leaving = True
+            if not self._connected:
+                self._over.set()
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:  # the connection is lost: the receive thread shows what had come, and may know why
             if not self._connect_again:
                 self._receiver.join()
                 self._problem = self._problem or SERVER_CLOSED
 
-    def _send(self, data: bytes) -> None:
-        """Send what was entered, or say that it was not sent if that may still change. Raises OSError if not."""
+    def _send(self, data: bytes) -> bool:
+        """Send what was entered; return whether that worked. If it never will, raise OSError, else say so."""
         try:
-            if not self._connected:
-                raise ConnectionError
-            self._sock.sendall(data)
+            if self._connected:
+                self._sock.sendall(data)
+                return True
         except OSError:
             if not self._connect_again:
                 raise
-            if not self._leaving:
-                self._screen.notice(NOT_SENT)
+        if not self._leaving:
+            self._screen.notice(NOT_SENT)
+        return False
 
     def _on_ctrl_c(self, *_: object) -> None:
         self._ctrl_c = True
@@ -771,12 +789,16 @@ class Conversation:
 
     def _show_what_comes(self) -> str | None:
         """Show what comes until the connection ends; return why it was lost, if it was."""
+        refused, begun = False, time.monotonic()
         try:
-            for block in lines_to_show(received(self._sock)):
+            for number, block in enumerate(lines_to_show(received(self._sock))):
+                refused = number == 0 and block.startswith(REFUSALS)
                 self._screen.show(block)
                 if self._screen.gone:
                     return None
-            return None if self._leaving else SERVER_CLOSED
+            if time.monotonic() - begun > STEADY_SECONDS:
+                self._pauses = pauses()
+            return TURNED_AWAY if refused else None if self._leaving else SERVER_CLOSED
         except WrongServer as error:
             self._turned_away = True
             return str(error)
@@ -789,12 +811,12 @@ class Conversation:
         with contextlib.suppress(OSError):  # whoever is sending is to notice
             self._sock.shutdown(socket.SHUT_RDWR)
         self._screen.show(b"* connection lost, trying again\n")
-        for seconds in itertools.chain(RECONNECT_SECONDS, itertools.repeat(RECONNECT_SECONDS[-1])):
+        for seconds in self._pauses:
             if self._over.wait(seconds):
                 return False
             with contextlib.suppress(OSError, UnicodeError, NotConnected):  # not yet
                 sock = connect_again()
-                if is_admitted(sock):
+                if is_admitted(sock) and not self._over.is_set():
                     break
                 sock.close()
         lost, self._sock = self._sock, sock
@@ -803,8 +825,7 @@ class Conversation:
         if people.own_label and not people.own_label[0].isdigit():  # not a port: the last name that we got
             self._name = people.own_label
         people.own_label = local_label(sock)
-        with contextlib.suppress(OSError):  # lost again: the reading will tell
-            self._ask_for_name()
+        self._ask_for_name()
         self._connected = True
         self._screen.show(b"* connected again\n")
         return True
@@ -812,7 +833,8 @@ class Conversation:
     def _ask_for_name(self) -> None:
         if self._name:
             self._screen.people.asked_for = self._name
-            self._sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
+            with contextlib.suppress(OSError):  # lost: the reading will tell
+                self._sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
 
     # Runs in the watch thread
 
@@ -857,9 +879,9 @@ class Conversation:
             if self._screen.problem:
                 warn(f"Cannot show what comes: {self._screen.problem}; give standard output another place.")
             return 1 if self._screen.problem else 0
+        forget_typed()
         if self._problem:
             warn(f"Connection lost: {self._problem}")
-            forget_typed()
         self._screen.say(FAREWELL)
         return 1 if self._problem else 0
 
@@ -933,15 +955,14 @@ def the_server_found() -> tuple[str, int]:
 # --- Through ssh: to a server that listens only on its own machine, with the accounts that exist there ----------------
 
 
-@contextlib.contextmanager
-def through_ssh(target: str, host: str, port: int, again: bool = False) -> Iterator[socket.socket]:
-    """Give a connection to ``host`` and ``port`` as ``target`` sees them, through the user's own ssh: ssh(1), -W.
+def through_ssh(way: contextlib.ExitStack, target: str, host: str, port: int, again: bool) -> socket.socket:
+    """Return a connection to ``host`` and ``port`` as ``target`` sees them, through the user's own ssh: ssh(1), -W.
 
     Blocks while ssh connects, asks what it has to ask on the terminal, and authenticates: then it runs LocalCommand,
     ssh_config(5), whose output comes to us as the first line. The chat begins behind that, so that only one of the two
-    reads the terminal at any time. Raises NotConnected; what ssh has to say about it is on standard error then.
-    ``again`` is for when the terminal is in use: ssh asks and says nothing then, and fails if it would have to ask.
-    Ctrl-C reaches ssh too, which leaves the terminal as it was; once it ends, so does the chat. At the end ssh is gone.
+    reads the terminal at any time. Raises NotConnected or OSError; what ssh has to say is on standard error then.
+    ``again`` is for when the terminal is in use: ssh has none then, and fails if it would have to ask.
+    Else Ctrl-C reaches ssh too; once it ends, so does the chat. Whoever closes ``way`` ends ssh.
     """
     command = ["ssh", "-W", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
     for option in (
@@ -950,45 +971,59 @@ def through_ssh(target: str, host: str, port: int, again: bool = False) -> Itera
         "ControlPath=none",  # a connection that is shared runs no LocalCommand
         f"ConnectTimeout={CONNECT_SECONDS:.0f}",
         f"ServerAliveInterval={SSH_ALIVE_SECONDS}",
-        *(("BatchMode=yes", "LogLevel=QUIET") if again else ()),
+        *(["BatchMode=yes"] if again else []),
     ):
         command += ["-o", option]
     try:
-        sock, child = start_on_socket([*command, "--", target])
+        sock, child = start_on_socket([*command, "--", target], without_terminal=again)
     except OSError as error:
         raise NotConnected(f"Cannot run ssh here: {error.strerror}; install the OpenSSH client.") from None
-    try:
-        if not says(sock, SSH_READY):
-            raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
-        sock.settimeout(SSH_REFUSAL_SECONDS)
-        with contextlib.suppress(socket.timeout, TimeoutError):  # the server has nothing to say yet
-            if not sock.recv(1, socket.MSG_PEEK):
-                raise NotConnected(
-                    f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
-                    "behind the host; ssh says above what it found."
-                )
-        sock.settimeout(None)
-        yield sock
-    finally:
-        sock.close()
-        for end in (child.terminate, child.kill, lambda: None):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(SSH_END_SECONDS)
-                break
-            end()
+    way.callback(end_child, child)
+    way.callback(sock.close)
+    if again:
+        sock.settimeout(SSH_AGAIN_SECONDS)
+    if not says(sock, SSH_READY):
+        raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
+    sock.settimeout(SSH_REFUSAL_SECONDS)
+    with contextlib.suppress(socket.timeout, TimeoutError):  # the server has nothing to say yet
+        if not sock.recv(1, socket.MSG_PEEK):
+            raise NotConnected(
+                f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
+                "behind the host; ssh says above what it found."
+            )
+    sock.settimeout(None)
+    return sock
 
 
-def start_on_socket(command: list[str]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+def end_child(child: subprocess.Popen[bytes]) -> None:
+    """Wait a little for a program to end by itself, then end it."""
+    for end in (child.terminate, child.kill, lambda: None):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(SSH_END_SECONDS)
+            break
+        end()
+
+
+def start_on_socket(command: list[str], without_terminal: bool) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Start a program, and return it and a socket that is its standard input and output. Raises OSError."""
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as unless_started:
         unless_started.enter_context(ours)
         unless_started.enter_context(theirs)
+        errors = subprocess.DEVNULL if without_terminal else None
         if sys.platform != "win32":
-            child = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno())  # noqa: S603 - no shell
+            child = subprocess.Popen(  # noqa: S603 - no shell
+                command,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=errors,
+                start_new_session=without_terminal,  # or what ssh runs on its way may ask all the same
+            )
             theirs.close()
         else:  # where a socket cannot be that: a pipe each way, and a thread that pumps
-            child = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+            child = subprocess.Popen(  # noqa: S603 - no shell
+                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            )
             assert child.stdin and child.stdout  # noqa: S101 - for mypy
             receive = functools.partial(theirs.recv, READ_BYTES)
             read = functools.partial(child.stdout.read, READ_BYTES)
@@ -1109,11 +1144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_every_address(options.host):
             warn(f"{options.host} is where a server listens, not an address to join: use one that the server printed.")
             return 1
-        with contextlib.ExitStack() as at_the_end:
+        with contextlib.ExitStack() as way:
 
             def join(again: bool = False) -> socket.socket:
                 if options.ssh:
-                    return at_the_end.enter_context(through_ssh(options.ssh, options.host, options.port, again))
+                    way.close()  # ends the ssh that was before
+                    return through_ssh(way, options.ssh, options.host, options.port, again)
                 return connect(options.host, options.port)
 
             try:

@@ -86,6 +86,7 @@ SMALL_BYTES = 4_096  # pieces under this are joined in a backlog: as objects the
 MAX_PIECES = 1_024  # in one sendmsg: IOV_MAX on Linux and macOS
 
 WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
+HISTORY_BLOCK_BYTES = 65_536  # a smaller last block is joined with what follows: newcomers get few pieces
 HISTORY_BYTES = 1_048_000  # said to a newcomer at most: it must not be late with that alone
 DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
@@ -269,32 +270,59 @@ class Batch:
 
 
 class History:
-    """The last lines that were said, for newcomers. Keeping it costs no work a line."""
+    """The last lines that were said, for newcomers, who share the bytes. Keeping it costs no work a line."""
 
     def __init__(self, lines: int) -> None:
         self._lines = lines
-        self._batches: collections.deque[bytes] = collections.deque()
+        # Blocks of whole lines, and how many, or None if they were not counted yet.
+        self._blocks: collections.deque[tuple[memoryview, int | None]] = collections.deque()
         self._bytes = 0
 
     def add(self, batch: Batch) -> None:
         """Keep a batch, and no more before it than may be told."""
-        if self._lines:
-            self._batches.append(batch.spoken)
+        if self._lines and batch.spoken:
+            self._blocks.append((memoryview(batch.spoken), None))
             self._bytes += len(batch.spoken)
-            while self._bytes - len(self._batches[0]) >= HISTORY_BYTES:
-                self._bytes -= len(self._batches.popleft())
+            while self._bytes - len(self._blocks[0][0]) >= HISTORY_BYTES:
+                self._bytes -= len(self._blocks.popleft()[0])
 
-    def told(self) -> bytes:
-        """Return the last lines with a heading and an end, nothing if there are none."""
-        text = b"".join(self._batches)
-        start = text.find(b"\n", len(text) - HISTORY_BYTES - 1) + 1 if len(text) > HISTORY_BYTES else 0
-        lines = text[start:].rsplit(b"\n", self._lines + 1)
-        last = b"\n".join(lines[-self._lines - 1 :])
-        self._batches = collections.deque([last] if last else [])  # the next newcomer has less to look for
-        self._bytes = len(last)
-        count = last.count(b"\n")
+    def told(self) -> list[memoryview]:
+        """Return the last lines between a heading and an end, nothing if there are none."""
+        self._join_new_blocks()
+        count = self._cut()
+        if not count:
+            return []
         heading = f"* the last {count} lines:\n" if count > 1 else "* the last line:\n"
-        return heading.encode() + last + b"* live from here\n" if last else b""
+        return [memoryview(heading.encode()), *(block for block, _ in self._blocks), memoryview(b"* live from here\n")]
+
+    def _join_new_blocks(self) -> None:
+        """Make one block of those that were not told yet, with the last one before them if that is small."""
+        new: collections.deque[memoryview] = collections.deque()
+        while self._blocks and self._blocks[-1][1] is None:
+            new.appendleft(self._blocks.pop()[0])
+        if new:
+            if self._blocks and len(self._blocks[-1][0]) < HISTORY_BLOCK_BYTES:
+                new.appendleft(self._blocks.pop()[0])
+            joined = b"".join(new)
+            self._blocks.append((memoryview(joined), joined.count(b"\n")))
+
+    def _cut(self) -> int:
+        """Take away the first lines of those that are too many, or too many bytes; return how many are left."""
+        count = sum(lines or 0 for _, lines in self._blocks)
+        while self._blocks and count - (self._blocks[0][1] or 0) >= self._lines:
+            block, lines = self._blocks.popleft()
+            self._bytes -= len(block)
+            count -= lines or 0
+        if self._blocks and (count > self._lines or self._bytes > HISTORY_BYTES):
+            block, lines = self._blocks.popleft()
+            rest = bytes(block).split(b"\n", max(0, count - self._lines))[-1]
+            too_many = self._bytes - len(block) + len(rest) - HISTORY_BYTES
+            if too_many > 0:
+                rest = rest[rest.find(b"\n", too_many - 1) + 1 :]
+            self._bytes -= len(block) - len(rest)
+            count -= (lines or 0) - rest.count(b"\n")
+            self._blocks.appendleft((memoryview(rest), rest.count(b"\n")))
+        return count
 
 
 # --- Members: who is given every batch, and must not hold up anyone ---------------------------------------------------
@@ -572,11 +600,14 @@ class Writer:
         """Queue one line of our own, if need be on top of a full queue. Does not block."""
         self.give([memoryview(f"{text}\n".encode("utf-8", "replace"))], 2 * WRITER_BYTES)
 
-    def close(self, seconds: float) -> None:
-        """Take the last of the queue to its end, for so many seconds at most."""
+    def close(self) -> None:
+        """Have the thread end behind the last of the queue. Does not block."""
         with self._changed:
             self._closing = True
             self._changed.notify()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the end of the thread, so many seconds at most."""
         self._thread.join(seconds)
 
     # Runs in the writer's thread
@@ -649,7 +680,8 @@ class Log(Writer):
                 except OSError:
                     begun = len(stamped) - len(rest) - (stamped.rfind(b"\n", 0, len(stamped) - len(rest)) + 1)
                     with contextlib.suppress(OSError):  # it is no file that can be cut
-                        file.truncate(file.tell() - begun)  # so much of a line
+                        if begun:
+                            file.truncate(file.tell() - begun)  # so much of a line
                     raise
         except OSError as error:
             if not self._lines_lost:
@@ -712,6 +744,7 @@ class Room:
     def join(self, client: Client) -> None:
         """Enter: from here on ``client`` is given every line. Raise Refused with the reason. Waits for the turn."""
         with self._turn:
+            self._take_turn()  # who has just given up this label is told of before
             with self._queue_lock:
                 if self._closed:
                     raise Refused("server stopping")
@@ -723,9 +756,7 @@ class Room:
             self._console.say(f"New connection from : {client.address}")
             if self._announce:
                 self._give(client, self._who(client))
-            told = self._history.told()
-            if told:
-                self._pass_on(client, [memoryview(told)])
+            self._pass_on(client, self._history.told())
             self._tell_of(client, "joined")
 
     def leave(self, client: Client) -> None:
@@ -1367,6 +1398,8 @@ class Server:
             self._room.join(client)
             for block, too_long in client.blocks():
                 for lines, command in spoken(block):
+                    if client.leaving:
+                        break
                     self._room.relay(client, lines)
                     if command:
                         client.said += len(command)
@@ -1695,7 +1728,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console, errors = Stream(1), Stream(2)
         writers: list[Writer] = [console, errors]
         log = None
-        if options.log:
+        if options.log is not None:
             try:
                 log = Log(options.log, errors)
             except OSError as error:
@@ -1709,7 +1742,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         room = Room(console, log, options.max_clients, options.quiet, options.announce, options.history)
         status = Server(listener, room, console, errors, discovery).run()
         for writer in writers:
-            writer.close(WRITER_SECONDS)
+            writer.close()
+        deadline = time.monotonic() + WRITER_SECONDS
+        for writer in writers:
+            writer.join(max(0.0, deadline - time.monotonic()))
     except KeyboardInterrupt:  # before the server thread could see to it
         return 0
     return status

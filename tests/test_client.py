@@ -404,6 +404,13 @@ class Looks(TestCase):
         people.asked_for = "a\u0308nn"
         people.heard("* 60000 is now änn".encode())
         self.assertEqual(people.own_label, "änn")
+        people.heard("* änn is now bob".encode())
+        people.heard("* eve is now änn".encode())  # not we: what was asked for is done
+        self.assertEqual(people.own_label, "bob")
+        people.asked_for = "carol"
+        people.heard(b"* name 'carol' is taken")
+        people.heard(b"* eve is now carol")
+        self.assertEqual(people.own_label, "bob")
 
     def test_labels_seen(self) -> None:
         people = mychatclient.People("54358")
@@ -482,7 +489,25 @@ class Names(TestCase):
             program.expect(GREETING, "", "* not a name: 'bob Hi!': letters, digits, _, - and . only")
 
 
+class TurnedAway(TestCase):
+    def test_a_full_server_is_a_lost_connection_also_when_the_input_has_ended(self) -> None:
+        with Server("--max-clients", "1") as server, server.peer():
+            for _ in range(5):
+                with client(server.port) as program:
+                    program.send(b"1\n2\n")
+                    program.end_input()
+                    self.assertEqual(program.wait(), 1)
+                    self.assertIn("Connection lost: the server has turned this client away", program.errors())
+                    self.assertIn(b"* server full: 1 of 1 clients\n", program.output)
+
+
 class Quitting(TestCase):
+    def test_what_is_pasted_behind_exit_is_not_left_for_the_shell(self) -> None:
+        with Server() as server, in_terminal(server.port) as terminal:
+            terminal.type("exit\rrm -rf x\r")
+            self.assertEqual(terminal.wait(), 0)
+            self.assertEqual(terminal.left_to_read(), b"")
+
     def test_quit_leaves_like_exit(self) -> None:
         with Server() as server:
             with client(server.port) as program:

@@ -124,6 +124,29 @@ class HistoryTests(TestCase):
                 self.assertEqual(told, [label + line for line in lines.split(b"\n")[-number - 1 : -1]])
                 late.expect(LIVE)
 
+    def test_newcomers_share_what_they_are_told(self) -> None:
+        """In one block and in many, while somebody says more between them."""
+        history = History(100_000)
+        client: Client = object()  # type: ignore[assignment]
+        said = b""
+        for number in range(300):
+            lines = f"{number}\n".encode() * 2_000
+            said += lines
+            history.add(Batch([(client, lines)]))
+            first, second = history.told(), history.told()
+            self.assertTrue(all(a.obj is b.obj for a, b in zip(first[1:-1], second[1:-1])))
+            text = b"".join(first[1:-1])
+            self.assertTrue(said.endswith(text))
+            expected = min(said.count(b"\n"), 100_000)
+            self.assertTrue(text.count(b"\n") == expected or len(text) > HISTORY_BYTES - 10)
+            self.assertIn(str(text.count(b"\n")).encode(), bytes(first[0]))
+
+    def test_renames_alone_are_not_kept(self) -> None:
+        history = History(3)
+        for _ in range(1_000):
+            history.add(Batch([(None, b"* 1 is now a\n")]))
+        self.assertEqual((len(history._blocks), history.told()), (0, []))
+
     def test_what_is_kept_is_bounded(self) -> None:
         """By lines and by bytes, whatever the batches are, however often it is told."""
         for size, lines, told in ((100, 3, 3), (1, 100_000, 100_000), (300_000, 3, 3), (300_000, 9, 3)):
@@ -134,7 +157,8 @@ class HistoryTests(TestCase):
                     history.add(Batch([(client, (f"{number}".encode().ljust(size - 1, b".") + b"\n")[-size - 9 :])]))
                 self.assertLess(history._bytes, 2 * HISTORY_BYTES)
                 for _ in range(asks):
-                    text = history.told()
+                    text = b"".join(history.told())
+                    self.assertLess(len(history.told()), 40)
                 self.assertEqual(text.count(b"\n") - 2, told)
                 self.assertTrue(text.endswith(b"\n* live from here\n"))
                 self.assertLessEqual(history._bytes, HISTORY_BYTES)

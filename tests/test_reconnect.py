@@ -98,6 +98,37 @@ class Reconnecting(TestCase):
                 self.assertNotIn("Connection lost", client.screen())
                 self.assertEqual(client.attributes(), client.before)
 
+    def test_who_leaves_meanwhile_does_not_come_back(self) -> None:
+        server = self.serve()
+        client = self.client("--name", "ann")
+        client.wait_for("is now ann\n")
+        self.kill(server)
+        client.wait_for(LOST)
+        client.type("exit\r")
+        server = self.serve()
+        self.assertEqual(client.wait(), 0)
+        self.assertNotIn(BACK, client.screen())
+        self.assertNotIn(b"ann", server.output)
+
+    def test_a_server_that_closes_again_and_again_is_tried_less_and_less(self) -> None:
+        """It may be something else that has the port now: two tries in three seconds, not six."""
+        server = self.serve()
+        client = self.client()
+        self.kill(server)
+        client.wait_for(LOST)
+        count = 0
+        with socket.create_server((LOOPBACK, self.port)) as listener:
+            listener.settimeout(3.0)
+            with contextlib.suppress(socket.timeout, TimeoutError):
+                while count < 10:
+                    connection, _ = listener.accept()
+                    connection.sendall(b"220 mail\n")
+                    connection.close()
+                    count += 1
+        self.assertLess(count, 5)  # after pauses of 0.5, 1, 2 and 5 seconds
+        client.type("\x03")
+        self.assertEqual(client.wait(), 130)
+
     def test_a_server_that_is_full_is_tried_again(self) -> None:
         server = self.serve()
         client = self.client()
