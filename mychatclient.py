@@ -796,14 +796,15 @@ class Conversation:
                 self._screen.show(block)
                 if self._screen.gone:
                     return None
-            if time.monotonic() - begun > STEADY_SECONDS:
-                self._pauses = pauses()
             return TURNED_AWAY if refused else None if self._leaving else SERVER_CLOSED
         except WrongServer as error:
             self._turned_away = True
             return str(error)
         except OSError as error:
             return f"{error.strerror}; check the network, and whether the server still runs."
+        finally:
+            if time.monotonic() - begun > STEADY_SECONDS:
+                self._pauses = pauses()
 
     def _reconnect(self, connect_again: Callable[[], socket.socket]) -> bool:
         """Try to connect until that works, and say so; return whether it does before the main thread leaves."""
@@ -870,9 +871,8 @@ class Conversation:
     def _farewell(self) -> int:
         """Say how the conversation ended; return the exit status."""
         if self._ctrl_c:
-            if not (
-                self._receiver.is_alive() and self._connected
-            ):  # else it is stuck in showing something, and so would this be
+            is_stuck = self._receiver.is_alive() and self._connected  # in showing something, and so would this be
+            if not is_stuck:
                 self._screen.say(FAREWELL)
             return 130
         if self._screen.gone:

@@ -1169,9 +1169,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Room, Client, str], None]]] = {
 def obey(room: Room, client: Client, line: str) -> None:
     """Do what a line with a command asks, in the handler of ``client``. Blocks like ``Room.relay``. Raises Quit."""
     name, argument = word_and_rest(line)
-    time.sleep(
-        0
-    )  # lets others run, who would wait for SWITCH_SECONDS while commands that say nothing follow each other
+    # Let others run, who would wait for SWITCH_SECONDS while commands that say nothing follow each other.
+    time.sleep(0)
     if name not in COMMANDS:
         problem = f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /"
         room.reply(client, problem)
