@@ -291,6 +291,12 @@ class Peer:
                 parts.append(data)
         return b"".join(parts)
 
+    def ignore(self) -> None:
+        """Read until the server closes, or the connection is reset; keep nothing: it may be gigabytes of a flood."""
+        with contextlib.suppress(ConnectionResetError):
+            while self.socket.recv(1 << 20):
+                pass
+
     def _taken(self) -> bytes:
         """Return what was received but not asked for."""
         data = b"".join(line + b"\n" for line in self._lines) + self._unfinished

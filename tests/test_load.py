@@ -127,7 +127,7 @@ class Many(TestCase):
 
         background.run(pour)
         for peer in (pourer, typist):
-            endless.run(peer.read_to_end)
+            endless.run(peer.ignore)
         crawl = Listener(slow, background, len(expected), pace=2 * MB)
         heard_before_the_pourer_was_done = 0
         for number in range(20):
@@ -135,7 +135,7 @@ class Many(TestCase):
             quick.wait_for(typist.label, f"number {number}")
             heard_before_the_pourer_was_done += not poured.is_set()
         self.assertGreater(heard_before_the_pourer_was_done, 10)
-        endless.run(quick.read_to_end)
+        endless.run(quick.ignore)
         background.join(SECONDS * 2)
         self.assertGreaterEqual(crawl.count, len(expected))
         for peer in (pourer, typist, quick):
@@ -165,7 +165,7 @@ class Many(TestCase):
     def test_fifty_flooders_are_heard_alike_and_a_typist_among_them(self) -> None:
         typist, quick = self.peer(), self.peer()
         endless = Background()
-        endless.run(typist.read_to_end)
+        endless.run(typist.ignore)
         flooders = self.flooders(50)
         for _ in flooders.socks:
             self.server.line()
@@ -180,7 +180,7 @@ class Many(TestCase):
     def test_hundreds_of_flooders_stay_and_a_typist_is_heard_among_them(self) -> None:
         typist, quick = self.peer(), self.peer()
         endless = Background()
-        endless.run(typist.read_to_end)
+        endless.run(typist.ignore)
         flooders = self.flooders(300)
         self.listen_to_a_flood(quick, typist, 3)
         self.assertEqual(flooders.let_go, 0)

@@ -237,7 +237,7 @@ class Ending(TestCase):
                     pass
 
             background.run(pour)
-            background.run(pourer.read_to_end)
+            background.run(pourer.ignore)
             with server.peer() as reader:
                 reader.line()
                 self.assertEqual(server.stop(), 0)
