@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import getpass
 import importlib
 import io
 import ipaddress
@@ -38,6 +39,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -51,9 +53,13 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 12000
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
-REFUSALS = b"* server full", b"* server stopping"
+REFUSALS = b"* server full", b"* server stopping", b"* too many from your address"
 TURNED_AWAY = "the server has turned this client away; try again later."
 SERVER_CLOSED = "the server closed the connection; try again later."
+
+QUESTION = b"* password?\n"
+NOT_ASKED = "* the server asked for no password"
+UNANSWERED = "the server asks for a password: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
 
 CONNECT_SECONDS = 10.0  # for all addresses of a name together
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
@@ -82,6 +88,9 @@ else:
 
 NOT_SENT = "* not connected: this line was not sent"
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
+
+QUESTION_SECONDS = 2.0  # in which a server that wants a password has asked for it
+ANSWER_SECONDS = 10.0  # in which it has taken or refused what it was given
 
 DISCOVERY_GROUP = "239.255.109.99"  # and the port: see the server's Discovery
 DISCOVERY_PORT = 12000
@@ -226,6 +235,10 @@ class Screen:
         """
         return input()
 
+    def secret(self) -> bytes:
+        """Return the password that a person enters, unseen. Blocks; raises EOFError at Ctrl-D."""
+        return password_typed()
+
     def leave_line(self, ctrl_c: bool) -> None:
         """Begin a new row below what is half-typed, as far as that is known: after ``ctrl_c`` the row has a ^C."""
         if ctrl_c and os.isatty(1):
@@ -359,6 +372,16 @@ if sys.platform != "win32":
             if not text:
                 self.say("")  # readline leaves the cursor on the row of an empty line without a prompt
             return text
+
+        def secret(self) -> bytes:
+            prepared, self._prepared = self._prepared, [*self._as_it_was]
+            self._prepared[3] &= ~termios.ECHO  # also when it is ours again after Ctrl-Z
+            self.close()
+            try:
+                return super().secret()
+            finally:
+                self._prepared = prepared
+                self._set_terminal(prepared)
 
         def leave_line(self, ctrl_c: bool) -> None:
             if self._half_typed():
@@ -514,9 +537,9 @@ def connect(host: str, port: int) -> socket.socket:
     raise problem
 
 
-def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, port: int) -> str:
+def connecting_problem(error: NotConnected | WrongPassword | OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
-    if isinstance(error, NotConnected):
+    if isinstance(error, (NotConnected, WrongPassword)):
         return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"Unknown host {host!r}: check the spelling; a port comes behind it, after a blank."
@@ -551,6 +574,11 @@ def is_admitted(sock: socket.socket) -> bool:
             return True
     beginning = sock.recv(100, socket.MSG_PEEK)
     return bool(beginning) and not beginning.startswith(REFUSALS)
+
+
+def lost(error: OSError) -> str:
+    """Return why a connection was lost, and what to do."""
+    return f"{error.strerror or error}; check the network, and whether the server still runs."
 
 
 class Interrupted(Exception):
@@ -601,6 +629,14 @@ def received(sock: socket.socket) -> Iterator[bytes]:
                 return
             unfinished = partial and not sends_newlines and len(data.decode("utf-8", "replace")) > 1
             silence = SILENCE_SECONDS if unfinished else None
+
+
+def read_line(sock: socket.socket) -> bytes:
+    """Read a line and no further; return what there is of it if it is far too long, or at end-of-file. Blocks."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and (byte := sock.recv(1)):
+        line += byte
+    return line
 
 
 class WrongServer(Exception):
@@ -667,13 +703,18 @@ class Conversation:
     """A connection, or with ``connect_again`` one after another, from the greeting to the farewell."""
 
     def __init__(
-        self, sock: socket.socket, screen: Screen, name: str, connect_again: Callable[[], socket.socket] | None = None
+        self,
+        sock: socket.socket,
+        screen: Screen,
+        name: str,
+        password: Password,
+        connect_again: Callable[[], socket.socket] | None = None,
     ) -> None:
         self._sock = sock
         self._screen = screen
         self._name = name  # to ask the server for
+        self._password = password
         self._connect_again = connect_again
-        self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
         # A signal's number can be read here as it comes. Python calls its handler later, when the main thread gets to
         # it: never, for one that comes just before a blocking read.
         self._numbers, self._signals = socket.socketpair()
@@ -690,6 +731,7 @@ class Conversation:
         # Set by the receive thread.
         self._pauses = pauses()  # before tries to connect again
         self._turned_away = False  # for good: there is no use in trying again
+        self._password_is_due = False  # the server has asked for it, and waits
         self._received_all = False
         self._problem: str | None = None  # why the connection was lost
         self._connected = True
@@ -705,6 +747,19 @@ class Conversation:
             signal.signal(signal.SIGURG, self._on_interrupt)  # nobody sends it but this program itself
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._screen.say(GREETING)
+        if self._password.known and not self._password.was_asked:
+            self._screen.notice(NOT_ASKED)
+        self._ask_for_name()
+        self._talk()
+        while self._password_is_due and self._give_password():
+            self._talk()
+        return self._farewell()
+
+    def _talk(self) -> None:
+        """Send what is entered and show what comes, until one side leaves, or the server wants the password."""
+        self._over.clear()
+        self._done_waiting.clear()
+        self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
         self._receiver.start()
         try:
             try:
@@ -716,14 +771,39 @@ class Conversation:
                 self._over.set()
                 self._done_waiting.set()
         except Interrupted:
-            with contextlib.suppress(OSError):  # it is lost
-                self._sock.shutdown(socket.SHUT_RDWR)
+            if not self._password_is_due:
+                with contextlib.suppress(OSError):  # it is lost
+                    self._sock.shutdown(socket.SHUT_RDWR)
             self._receiver.join(LEAVE_SECONDS)
-        return self._farewell()
+
+    def _give_password(self) -> bool:
+        """Answer the server's question with what is known, or with what the person enters; return whether we may go on.
+
+        Blocks until the server has said what it thinks of that.
+        """
+        if self._ctrl_c or not can_ask():
+            return False
+        self._password_is_due = self._turned_away = self._received_all = False
+        self._problem = None
+        self._done_waiting.clear()
+        self._waiting = True
+        try:
+            self._password.known = self._password.known or self._screen.secret()
+            self._password.answer(self._sock)
+            return True
+        except (NotConnected, WrongPassword) as error:
+            self._problem = str(error)
+        except OSError as error:
+            self._problem = lost(error)
+        except (EOFError, Interrupted):  # the person leaves
+            pass
+        finally:
+            self._waiting = False
+            self._done_waiting.set()
+        return False
 
     def _send_input(self) -> None:
         try:
-            self._ask_for_name()
             for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
                 self._leaving = is_exit
                 if self._send(data) and data.startswith(b"/nick "):
@@ -781,8 +861,11 @@ class Conversation:
     def _receive(self) -> None:
         """Show what comes until the last connection ends; then get the main thread out of its wait for input."""
         problem = self._show_what_comes()
-        while problem and self._connect_again and not (self._turned_away or self._leaving or self._ctrl_c):
-            problem = self._show_what_comes() if self._reconnect(self._connect_again) else None
+        try:
+            while problem and self._connect_again and not (self._turned_away or self._leaving or self._ctrl_c):
+                problem = self._show_what_comes() if self._reconnect(self._connect_again) else None
+        except WrongPassword as error:
+            problem = str(error)
         self._problem = problem
         self._received_all = True
         self._interrupt_input()
@@ -792,6 +875,11 @@ class Conversation:
         refused, begun = False, time.monotonic()
         try:
             for number, block in enumerate(lines_to_show(received(self._sock))):
+                if number == 0 and block.startswith(QUESTION):
+                    self._password_is_due = self._turned_away = True
+                    if not can_ask():
+                        self._sock.shutdown(socket.SHUT_WR)  # or what is in the pipe would be taken for tries
+                    return UNANSWERED
                 refused = number == 0 and block.startswith(REFUSALS)
                 self._screen.show(block)
                 if self._screen.gone:
@@ -801,7 +889,7 @@ class Conversation:
             self._turned_away = True
             return str(error)
         except OSError as error:
-            return f"{error.strerror}; check the network, and whether the server still runs."
+            return lost(error)
         finally:
             if time.monotonic() - begun > STEADY_SECONDS:
                 self._pauses = pauses()
@@ -884,6 +972,92 @@ class Conversation:
             warn(f"Connection lost: {self._problem}")
         self._screen.say(FAREWELL)
         return 1 if self._problem else 0
+
+
+# --- A password: what some servers ask for before anything else -------------------------------------------------------
+
+
+class WrongPassword(Exception):
+    """The server does not take our password; the text says so as one sentence."""
+
+
+class Password:
+    """What a server may ask for, as far as it is known."""
+
+    def __init__(self, known: bytes) -> None:
+        self.known = known
+        self.was_asked = False
+
+    def enter(self, sock: socket.socket) -> None:
+        """If there is a password, wait for the server to ask for it, and give it. Nothing else is said meanwhile.
+
+        Blocks QUESTION_SECONDS when the server does not ask. Raises like ``answer``.
+        """
+        if self.known:
+            self.was_asked = asks_for_password(sock)
+            if self.was_asked:
+                self.answer(sock)
+
+    def answer(self, sock: socket.socket) -> None:
+        """Give the password. Blocks until the server takes it; raises WrongPassword, NotConnected or OSError."""
+        sock.settimeout(ANSWER_SECONDS)
+        sock.sendall(self.known + b"\n")
+        reply = read_line(sock)
+        sock.settimeout(None)
+        if reply == b"* wrong password\n":
+            raise WrongPassword("Wrong password: ask whoever runs the server for it, and try again.")
+        if reply != b"* password accepted\n":
+            raise NotConnected("The server has not let us in; try again later.")
+
+
+def asks_for_password(sock: socket.socket) -> bool:
+    """Return whether the very first line of a connection asks for a password; only then it is read.
+
+    Blocks QUESTION_SECONDS at most. Raises OSError when the connection is lost.
+    """
+    deadline = time.monotonic() + QUESTION_SECONDS
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        while (seconds := deadline - time.monotonic()) > 0 and selector.select(seconds):
+            beginning = sock.recv(len(QUESTION), socket.MSG_PEEK)
+            if beginning == QUESTION:
+                return read_line(sock) == QUESTION
+            if not beginning or not QUESTION.startswith(beginning):
+                return False
+            time.sleep(INTERRUPT_SECONDS)  # the rest of the line is on its way
+    return False
+
+
+def can_ask() -> bool:
+    """Return whether a person can be asked for the password in the middle of the chat: not where input() is stuck."""
+    return os.isatty(0) and sys.platform != "win32"
+
+
+def password_typed() -> bytes:
+    """Ask for the password on the terminal, unseen. Blocks; raises EOFError, and GetPassWarning if it would be seen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", getpass.GetPassWarning)
+        return getpass.getpass("Password: ").encode("utf-8", "surrogateescape")
+
+
+def password_from(path: str | None) -> bytes:
+    """Return the password, of a file's first line or the environment; nothing if neither is given.
+
+    Raises ValueError with one sentence that says what to do.
+    """
+    if path is None:
+        password = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape")
+        if b"\n" in password or b"\r" in password:
+            raise ValueError("MYCHAT_PASSWORD has several lines: a password is one.")
+        return password
+    try:
+        with open(path, "rb") as file:
+            password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
+    if not 1 <= len(password) <= MAX_LINE_BYTES:
+        raise ValueError(f"{path} holds no password: its first line must have 1 to {MAX_LINE_BYTES} bytes.")
+    return password
 
 
 # --- Finding a server: without an address, on the same network --------------------------------------------------------
@@ -1049,13 +1223,10 @@ def pump(read: Callable[[], bytes], write: Callable[[bytes], object], *ends: Cal
 
 def says(sock: socket.socket, expected: bytes) -> bool:
     """Read ``sock`` up to the end of a line that is ``expected``, and no further; return whether it comes. Blocks."""
-    line = b""
-    while line.rstrip() != expected or not line.endswith(b"\n"):
-        byte = sock.recv(1)
-        if not byte:
-            return False
-        line = byte if line.endswith(b"\n") else line + byte
-    return True
+    while line := read_line(sock):
+        if line.endswith(b"\n") and line.rstrip() == expected:
+            return True
+    return False
 
 
 # --- The command line: whom to join, and what can go wrong ------------------------------------------------------------
@@ -1112,6 +1283,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--name", default=os.environ.get("MYCHAT_NAME", ""), help="be called this (default: MYCHAT_NAME, or the port)"
     )
+    password = parser.add_mutually_exclusive_group()
+    password.add_argument("--password", action="store_true", help="ask for the server's password (default: if it asks)")
+    password.add_argument("--password-file", metavar="FILE", help="whose first line it is (default: MYCHAT_PASSWORD)")
     parser.add_argument("--bell", action="store_true", help="ring when a line names you (default: do not)")
     parser.add_argument("--reconnect", action="store_true", help="after a lost connection, try again (default: do not)")
     parser.add_argument("--time", action="store_true", help="show when each line came (default: do not)")
@@ -1144,26 +1318,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_every_address(options.host):
             warn(f"{options.host} is where a server listens, not an address to join: use one that the server printed.")
             return 1
+        try:
+            password = Password(password_typed() if options.password else password_from(options.password_file))
+        except (EOFError, getpass.GetPassWarning):
+            warn("--password asks in a terminal: use --password-file FILE or MYCHAT_PASSWORD where there is none.")
+            return 1
+        except ValueError as problem:
+            warn(str(problem))
+            return 1
         with contextlib.ExitStack() as way:
 
             def join(again: bool = False) -> socket.socket:
                 if options.ssh:
                     way.close()  # ends the ssh that was before
-                    return through_ssh(way, options.ssh, options.host, options.port, again)
-                return connect(options.host, options.port)
+                    sock = through_ssh(way, options.ssh, options.host, options.port, again)
+                else:
+                    sock = connect(options.host, options.port)
+                with contextlib.ExitStack() as unless_entered:
+                    unless_entered.callback(sock.close)
+                    password.enter(sock)
+                    unless_entered.pop_all()
+                return sock
 
             try:
                 if options.lan:
                     options.host, options.port = the_server_found()
                 sock = join()
-            except (NotConnected, OSError, UnicodeError) as error:
+            except (NotConnected, WrongPassword, OSError, UnicodeError) as error:
                 warn(connecting_problem(error, options.host, options.port))
                 forget_typed()
                 return 1
             screen = screen_for(options, local_label(sock))  # from here on a signal may find it
             name = " ".join(options.name.split())
+            connect_again = (lambda: join(again=True)) if options.reconnect else None
             try:
-                return Conversation(sock, screen, name, (lambda: join(again=True)) if options.reconnect else None).run()
+                return Conversation(sock, screen, name, password, connect_again).run()
             finally:
                 screen.close()
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ The wire
     name that it has taken. No text of a person stands in a notice but for ``* LABEL to you: text``.
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
+    With a password, ``* password?`` is all that a newcomer gets until a line is it: see Guests.
 
 The threads, and who owns what
     main            waits; the signals that stop the server wake the server thread.
@@ -38,6 +39,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import hmac
 import ipaddress
 import itertools
 import os
@@ -51,7 +53,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, Union
 
 __version__ = "1.0"
 
@@ -104,6 +106,13 @@ WHO_SHOWN = 50  # labels in one answer to /who
 QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
 
+WAITING_MAX = 1_000, 100  # who has yet to say the password: in all, and of one host
+PASSWORD_SECONDS = 30.0  # in which it must be said,
+PASSWORD_TRIES = 3  # in so many tries,
+WRONG_SECONDS = 1.0  # each of which costs as much
+BURST_SECONDS = 10  # with --rate, what a client may say at once after a silence: as much as in so many seconds
+PACED_READ_BYTES = 256  # read at once with --rate: what a client may not say yet stays unread
+
 DISCOVERY_GROUP = "239.255.109.99"  # and the port: see Discovery
 DISCOVERY_PORT = 12000
 QUESTION_BYTES = 128  # of each question, and more than any answer has: nobody can use us to send a third party more
@@ -123,6 +132,7 @@ TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # A search is ten times faster when its first character is a plain one: hence the newline, not "^".
+Spoken = tuple[bytes, str]  # lines to be relayed, and the command behind them, empty if there is none
 UNUSUAL = re.compile(rb"\n(?:[\n\t /]|exit[\n\t ])")  # blank, perhaps exit, perhaps a command
 COMMAND = re.compile(rb"/[a-z]+(?![^ \t])")
 
@@ -193,7 +203,7 @@ def clean(block: bytes) -> bytes:
     return FORBIDDEN.sub("\ufffd", text).encode()
 
 
-def spoken(block: bytes) -> Iterator[tuple[bytes, str]]:
+def spoken(block: bytes) -> Iterator[Spoken]:
     """Yield lines of a block that are to be relayed, clean, and the command behind them; it is empty at the end.
 
     ``exit`` comes as the command ``/quit``, and nothing after it. Costs for 64 KiB, in lines of 32 bytes: 60 us for
@@ -358,6 +368,7 @@ class Client:
 
     def __init__(self, sock: socket.socket, address: tuple[str, int], on_backlog: Callable[[Client], None]) -> None:
         self.address = address
+        self.deadline: float | None = None  # for what it must send before it may enter
         self.said = 0  # bytes, all told; only its handler counts
         self._sock = sock
         self._on_backlog = on_backlog
@@ -462,10 +473,11 @@ class Client:
             with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
                 self._sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-    def blocks(self) -> Iterator[tuple[bytes, bool]]:
+    def blocks(self, size: int = READ_BYTES) -> Iterator[tuple[bytes, bool]]:
         """Yield blocks of whole lines as ``Framer.feed`` does, until end-of-file, a reset, ``finish`` or ``end``.
 
-        Blocks in ``recv``. An unfinished last line is yielded at end-of-file, not at a reset.
+        Blocks in ``recv``, of ``size`` bytes at most, up to the client's deadline if it has one. An unfinished last
+        line is yielded at end-of-file, not at a reset.
         """
         framer = Framer()
         head = b""
@@ -474,8 +486,8 @@ class Client:
                 yield framer.rest(), False
                 continue
             try:
-                data = self.recv(READ_BYTES)
-            except OSError:  # reset: the peer left in the middle of something
+                data = self.recv(size)
+            except OSError:  # reset: the peer left in the middle of something; or its time is up
                 return
             if self.leaving:
                 return
@@ -492,7 +504,14 @@ class Client:
             yield framer.feed(data)
 
     def recv(self, size: int) -> bytes:
-        """Wait for input and return it, ``size`` bytes at most, none at end-of-file; raise OSError at a reset."""
+        """Wait for input and return it, ``size`` bytes at most, none at end-of-file.
+
+        Raises OSError at a reset, and when the deadline passes.
+        """
+        if self.deadline is not None:
+            seconds = max(0.0, self.deadline - time.monotonic())
+            if not ready(self._sock, selectors.EVENT_READ, seconds):
+                raise TimeoutError
         if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
             while not ready(self._sock, selectors.EVENT_READ, 1.0) and not self.leaving:
                 pass
@@ -704,6 +723,48 @@ class Refused(Exception):
     """Why somebody may not enter, as the text of a notice."""
 
 
+def home(address: tuple[str, int]) -> str:
+    """Return what stands for the host of an address: with IPv6 its /64, in which one host can take any address."""
+    network = ipaddress.ip_interface(f"{address[0].partition('%')[0]}{'/64' if ':' in address[0] else ''}").network
+    return str(network)
+
+
+class Places:
+    """So many clients at once, in all and of one host; None is no limit. Called from any thread."""
+
+    def __init__(self, in_all: int | None, of_a_host: int | None, who: str = "clients") -> None:
+        self._in_all = in_all
+        self._of_a_host = of_a_host
+        self._who = who
+        # Guards what follows. No other lock is taken inside.
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._taken_by_host: collections.Counter[str] = collections.Counter()  # if that is limited
+
+    def take(self, client: Client) -> None:
+        """Take a place for ``client``; raise Refused when there is none."""
+        host = home(client.address) if self._of_a_host is not None else ""
+        with self._lock:
+            if self._in_all is not None and self._taken >= self._in_all:
+                raise Refused(f"server full: {self._taken} of {self._in_all} {self._who}")
+            if self._of_a_host is not None:
+                here = self._taken_by_host[host]
+                if here >= self._of_a_host:
+                    raise Refused(f"too many from your address: {here} of {self._of_a_host} {self._who}")
+                self._taken_by_host[host] += 1
+            self._taken += 1
+
+    def give_back(self, client: Client) -> None:
+        """Give back the place that ``client`` has."""
+        with self._lock:
+            self._taken -= 1
+            if self._of_a_host is not None:
+                host = home(client.address)
+                self._taken_by_host[host] -= 1
+                if not self._taken_by_host[host]:  # or hosts that came once would be kept for ever
+                    del self._taken_by_host[host]
+
+
 class Room:
     """The members, and the relay from each to all others in one order."""
 
@@ -711,14 +772,14 @@ class Room:
         self,
         console: Writer,
         log: Writer | None = None,
-        max_clients: int | None = None,
+        places: Places | None = None,
         quiet: bool = False,
         announce: bool = False,
         history: int = 0,
     ) -> None:
         self._console = console
         self._log = log
-        self._max_clients = max_clients
+        self._places = places or Places(None, None)
         self._announce = announce
         # The turn: held for a whole round, and by who enters and leaves. Outermost lock. Guards what follows.
         self._turn = threading.Lock()
@@ -748,8 +809,7 @@ class Room:
             with self._queue_lock:
                 if self._closed:
                     raise Refused("server stopping")
-                if self._max_clients is not None and len(self._clients) >= self._max_clients:
-                    raise Refused(f"server full: {len(self._clients)} of {self._max_clients} clients")
+                self._places.take(client)
                 client.label = self._free_label(client.address[1])
                 self._clients[client.label] = client
             self._members.append(client)
@@ -768,6 +828,7 @@ class Room:
                 if not self._is_here(client):
                     return
                 del self._clients[folded(client.label)]
+                self._places.give_back(client)
             client.heard_from = None  # or those who left would be kept in a chain
             self._members.remove(client)
             self._console.say("Connection closed")
@@ -851,6 +912,14 @@ class Room:
             self._take_turn()  # renames are told before
             self._give(client, self._who(client))
         self._wait_on_time(client)
+
+    def pause(self, client: Client, seconds: float) -> bool:
+        """Wait so long, unless ``client`` has to leave; return whether it stays."""
+        with self._queue_lock:
+            self._waiters[client] = threading.Condition(self._queue_lock)
+            self._waiters[client].wait_for(lambda: client.leaving, seconds)
+            del self._waiters[client]
+        return not client.leaving
 
     def _wait_on_time(self, client: Client) -> None:
         with self._queue_lock:
@@ -1194,9 +1263,11 @@ class Server:
         room: Room,
         console: Writer,
         errors: Writer,
+        guests: Guests,
         discovery: Discovery | None = None,
     ) -> None:
         self._listener = listener
+        self._guests = guests
         self._discovery = discovery
         self._console = console
         self._errors = errors
@@ -1334,7 +1405,12 @@ class Server:
             if not address:  # reset while it waited, as macOS tells it
                 sock.close()
                 continue
-            client = Client(sock, plain_address(address), self._has_backlog)
+            address = plain_address(address)
+            if not self._guests.are_allowed_from(address[0]):
+                sock.close()
+                self._say_refused(address)
+                continue
+            client = Client(sock, address, self._has_backlog)
             # Before its handler starts, or a client that leaves at once would be taken out before it is in.
             self._clients.add(client)
             try:
@@ -1389,14 +1465,16 @@ class Server:
     def _handle(self, client: Client) -> None:
         """Serve one client from its arrival to its close.
 
-        Ends because it waits in three places only: in ``recv`` and for its turn, out of which ``Room.end`` wakes it,
-        and in ``drain``, which has a deadline.
+        Ends because it waits in three places only: in ``recv`` and for its turn (or its pace), out of which
+        ``Room.end`` wakes it, and in ``drain``, which has a deadline.
         """
         try:
             client.prepare()
+            blocks = self._guests.let_in(client)
             self._room.join(client)
-            for block, too_long in client.blocks():
-                for lines, command in spoken(block):
+            paced = self._guests.pacer(functools.partial(self._room.pause, client))
+            for block, too_long in blocks:
+                for lines, command in paced(spoken(block)):
                     if client.leaving:
                         break
                     self._room.relay(client, lines)
@@ -1541,6 +1619,156 @@ def open_discovery(port: int, errors: Writer) -> Discovery | None:
         return None
 
 
+# --- Guests: who may come in, and how much each may say; off until asked for, a reader may skip it --------------------
+
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class Guests:
+    """Decides by address and password who may come in, and holds each to a pace."""
+
+    def __init__(self, networks: Sequence[Network], password: bytes, rate: int | None) -> None:
+        self.networks = networks  # all there are, if there is none
+        self.password = password  # nobody is asked for one, if there is none
+        self._rate = rate  # lines a second
+        self._waiting = Places(*WAITING_MAX, "newcomers")
+
+    # Runs in the server thread
+
+    def are_allowed_from(self, host: str) -> bool:
+        """Return whether somebody may connect from the address ``host``."""
+        if not self.networks:
+            return True
+        address = ipaddress.ip_address(host.partition("%")[0])  # a link-local address has its interface behind it
+        return any(address in network for network in self.networks)
+
+    # Runs in the handler thread
+
+    def let_in(self, client: Client) -> Iterator[tuple[bytes, bool]]:
+        """Return the blocks that ``client`` says once it may enter; raise Refused with the reason if it may not.
+
+        Blocks up to PASSWORD_SECONDS when there is a password. Raises Quit when the client leaves meanwhile.
+        """
+        blocks = client.blocks(PACED_READ_BYTES if self._rate else READ_BYTES)
+        if not self.password:
+            return blocks
+        self._waiting.take(client)
+        try:
+            client.deadline = time.monotonic() + PASSWORD_SECONDS
+            rest = self._behind_password(client, blocks)
+            client.deadline = None
+        finally:
+            self._waiting.give_back(client)
+        return itertools.chain([rest], blocks)
+
+    def _behind_password(self, client: Client, blocks: Iterator[tuple[bytes, bool]]) -> tuple[bytes, bool]:
+        """Ask for the password; return the rest of the block that it came in, behind the name that was asked for."""
+        client.give([memoryview(b"* password?\n")])
+        wanted_name = b""
+        tries = 0
+        for block, too_long in blocks:
+            is_wrong = too_long
+            for found in re.finditer(rb"([^\n]*)\n", block):
+                if hmac.compare_digest(found[1], self.password):
+                    client.give([memoryview(b"* password accepted\n")])
+                    return wanted_name + block[found.end() :], too_long
+                if found[1].startswith((b"/nick ", b"/nick\t")):
+                    wanted_name = found[0]
+                elif found[1].strip(b" \t") in (b"exit", b"/quit"):
+                    raise Quit
+                else:
+                    is_wrong = True
+                    break
+            if is_wrong:
+                time.sleep(WRONG_SECONDS)
+                tries += 1
+                if tries == PASSWORD_TRIES:
+                    raise Refused("wrong password")
+                client.give([memoryview(b"* wrong password\n")])
+        if time.monotonic() >= (client.deadline or 0.0):
+            raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
+        raise Quit
+
+    def pacer(self, pause: Callable[[float], bool]) -> Callable[[Iterator[Spoken]], Iterator[Spoken]]:
+        """Return what passes on lines and commands of one client at the pace that it may have.
+
+        Blocks in ``pause``, which waits so many seconds and returns whether the client stays.
+        """
+        return functools.partial(Pace(self._rate, pause).hold) if self._rate else iter
+
+
+class Pace:
+    """Holds one client to ``rate`` lines a second; after a silence it may say those of BURST_SECONDS at once."""
+
+    def __init__(self, rate: int, pause: Callable[[float], bool]) -> None:
+        self._rate = rate
+        self._pause = pause
+        self._allowed = float(rate * BURST_SECONDS)  # lines
+        self._then = time.monotonic()  # when that was so
+
+    def hold(self, parts: Iterator[Spoken]) -> Iterator[Spoken]:
+        """Yield what ``spoken`` yields, in smaller parts, each when it may be said. A command counts as a line."""
+        for lines, command in parts:
+            while lines:
+                count = self._wait()
+                if not count:
+                    return
+                rest = lines.split(b"\n", count)[-1]
+                some = lines[: len(lines) - len(rest)]
+                self._allowed -= some.count(b"\n")
+                lines = rest
+                yield some, ""
+            if command and command != "/quit":
+                if not self._wait():
+                    return
+                self._allowed -= 1
+            yield b"", command
+
+    def _wait(self) -> int:
+        """Wait until a line may be said; return how many may, none if the client has to leave."""
+        while True:
+            now = time.monotonic()
+            self._allowed = min(self._rate * BURST_SECONDS, self._allowed + (now - self._then) * self._rate)
+            self._then = now
+            if self._allowed >= 1:
+                return int(self._allowed)
+            if not self._pause((1 - self._allowed) / self._rate):
+                return 0
+
+
+def network(text: str) -> Network:
+    """Return ``text`` as a network; raise what argparse turns into a usage error."""
+    try:
+        found = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a network: 192.168.1.0/24, 2001:db8::/32, 10.0.0.7"
+        ) from None
+    mapped = found.network_address.ipv4_mapped if isinstance(found, ipaddress.IPv6Network) else None
+    # An IPv4 address that came over IPv6 counts as itself, and so does a network of them.
+    return ipaddress.ip_network((mapped, found.prefixlen - 96)) if mapped and found.prefixlen >= 96 else found
+
+
+def password_from(path: str | None) -> bytes:
+    """Return the password, of a file's first line or the environment; nothing if neither is given.
+
+    Raises ValueError with one sentence that says what to do.
+    """
+    if path is None:
+        password = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape")
+        if b"\n" in password or b"\r" in password:
+            raise ValueError("MYCHAT_PASSWORD has several lines: a password is one.")
+        return password
+    try:
+        with open(path, "rb") as file:
+            password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
+    if not 1 <= len(password) <= MAX_LINE_BYTES:
+        raise ValueError(f"{path} holds no password: its first line must have 1 to {MAX_LINE_BYTES} bytes.")
+    return password
+
+
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
 
 
@@ -1611,13 +1839,19 @@ def addresses_for_others(host: str) -> list[str]:
     return usable
 
 
-def say_where(console: Writer, errors: Writer, listener: socket.socket, lan: bool, found: bool) -> None:
+def say_where(console: Writer, errors: Writer, listener: socket.socket, guests: Guests, lan: bool, found: bool) -> None:
     """Show where the server listens, and how others can join if they can: also by ``--lan`` if it can be found."""
     host, port = listener.getsockname()[:2]
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
     if not ipaddress.ip_address(host).is_loopback:
-        way_back = "without --lan the chat stays" if lan else "--host 127.0.0.1 keeps the chat"
-        errors.say(f"Anyone who can reach this server can join: {way_back} on this machine.")
+        if guests.password:
+            errors.say(
+                "The password, and all that is said, crosses the network unencrypted: joining by --ssh is safer."
+            )
+        else:
+            who = "Anyone from the networks of --allow" if guests.networks else "Anyone who can reach this server"
+            way_back = "without --lan the chat stays" if lan else "--host 127.0.0.1 keeps the chat"
+            errors.say(f"{who} can join: {way_back} on this machine.")
         # A thread, because the system may take its time to look up this machine's name.
         threading.Thread(target=say_how_to_join, args=(console, host, port, found), daemon=True).start()
 
@@ -1693,6 +1927,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     where("--lan", action="store_true", help="listen on all addresses and be found by clients (default: off)")
     option("--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
     option("--max-clients", type=number(1, 1_000_000), metavar="N", help="so many at once (default: no limit)")
+    option("--max-per-host", type=number(1, 1_000_000), metavar="N", help="so many from one host (default: no limit)")
+    option(
+        "--allow",
+        type=network,
+        action="append",
+        default=[],
+        metavar="NETWORK",
+        help="let in only who comes from there; may be repeated (default: from anywhere)",
+    )
+    option(
+        "--password-file",
+        metavar="FILE",
+        help="ask newcomers for what its first line is (default: MYCHAT_PASSWORD, or do not ask)",
+    )
+    option(
+        "--rate",
+        type=number(1, 1_000_000),
+        metavar="LINES",
+        help="what one client may say a second, ten times that at once (default: no limit)",
+    )
     option("--quiet", action="store_true", help="do not show chat lines and names here (default: show them)")
     option("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
     option(
@@ -1717,6 +1971,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse_args(argv)
         raise_descriptor_limit()
         try:
+            password = password_from(options.password_file)
+        except ValueError as problem:
+            warn(str(problem))
+            return 1
+        guests = Guests(options.allow, password, options.rate)
+        try:
             if options.lan:
                 listener = open_listener_everywhere(options.port)
             else:
@@ -1735,11 +1995,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 1
             writers.insert(0, log)
         discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
-        say_where(console, errors, listener, options.lan, discovery is not None)
+        say_where(console, errors, listener, guests, options.lan, discovery is not None)
         threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(SWITCH_SECONDS)
-        room = Room(console, log, options.max_clients, options.quiet, options.announce, options.history)
-        status = Server(listener, room, console, errors, discovery).run()
+        places = Places(options.max_clients, options.max_per_host)
+        room = Room(console, log, places, options.quiet, options.announce, options.history)
+        status = Server(listener, room, console, errors, guests, discovery).run()
         for writer in writers:
             writer.close()
         deadline = time.monotonic() + WRITER_SECONDS

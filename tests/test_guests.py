@@ -1,0 +1,499 @@
+"""Who may come in: networks, places of a host, a password; and what a client may say a second."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+import unittest
+from typing import Any
+from unittest import mock
+
+import mychatclient
+import mychatserver
+from tests.support import (
+    CLIENT,
+    LOOPBACK,
+    SERVER,
+    Background,
+    Peer,
+    Program,
+    Server,
+    Terminal,
+    TestCase,
+    eventually,
+    home_made_server,
+)
+
+GREETING = "Connected to chat server. Type 'exit' to leave."
+FAREWELL = "Disconnected from server"
+QUESTION = "* password?"
+ACCEPTED = "* password accepted"
+WRONG = "* wrong password"
+SECRET = "open Sésame! "  # with a blank at its end
+
+
+class Guests(TestCase):
+    def setUp(self) -> None:
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.folder = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.file = self.folder / "password"
+        self.file.write_bytes(f"{SECRET}\r\nand more\n".encode())
+
+    def serve(self, *options: str) -> Server:
+        server: Server = self.stack.enter_context(Server(*options))
+        return server
+
+    def connect(self, server: Server, host: str = LOOPBACK, source: str = "") -> Peer:
+        """Return a peer that is connected, and no more."""
+        peer: Peer = self.stack.enter_context(Peer(host, server.port, source=(source, 0) if source else None))
+        return peer
+
+    def peer(self, server: Server, **options: Any) -> Peer:
+        """Return a peer that is in the room."""
+        peer: Peer = self.stack.enter_context(server.peer(**options))
+        return peer
+
+    def console_has(self, server: Server, line: str) -> None:
+        eventually(lambda: f"{line}\n".encode() in server.output)
+
+
+class Addresses(Guests):
+    def test_who_is_not_allowed_is_closed_at_once_without_a_byte(self) -> None:
+        server = self.serve("--host", "::", "--allow", "127.0.0.2/32", "--allow", "2001:db8::/32")
+        for host in (LOOPBACK, "::1"):
+            stranger = self.connect(server, host)
+            self.assertEqual(stranger.read_to_end(), b"")
+            self.console_has(server, f"Refused : {stranger.address}")
+        guests = [self.connect(server, source="127.0.0.2") for _ in range(2)]  # the server gets these over IPv6
+        for guest in guests:
+            self.console_has(server, f"New connection from : {guest.address}")
+        guests[0].say("Hi!")
+        guests[1].expect(f"{guests[0].label}:Hi!")
+
+    def test_so_many_of_a_host_and_another_when_one_has_left(self) -> None:
+        server = self.serve("--max-per-host", "2", "--max-clients", "4")
+        first, second = self.peer(server), self.peer(server)
+        third = self.connect(server)
+        third.expect("* too many from your address: 2 of 2 clients")
+        third.expect_end()
+        server.expect(f"Refused : {third.address}")
+        for _ in range(2):
+            self.peer(server, source=("127.0.0.2", 0))
+        full = self.connect(server, source="127.0.0.3")
+        full.expect("* server full: 4 of 4 clients")
+        server.expect(f"Refused : {full.address}")
+        for peer in (first, second):
+            peer.close()
+            server.expect("Connection closed")
+            self.peer(server)
+
+    def test_with_ipv6_a_host_is_its_64(self) -> None:
+        def host(address: str) -> str:
+            return mychatserver.home((address, 1))
+
+        self.assertEqual(host("2001:db8::1"), host("2001:db8::ffff:0:0:9"))
+        self.assertNotEqual(host("2001:db8::1"), host("2001:db8:0:1::1"))
+        self.assertEqual(host("fe80::1%lo"), host("fe80::2"))
+        self.assertNotEqual(host("127.0.0.1"), host("127.0.0.2"))
+
+    def test_places_are_given_back(self) -> None:
+        places = mychatserver.Places(2, 1)
+        clients = [mock.Mock(address=(f"10.0.0.{number}", 1)) for number in range(3)]
+        for _ in range(3):
+            for client in clients[:2]:
+                places.take(client)
+            with self.assertRaises(mychatserver.Refused):
+                places.take(clients[2])
+            for client in clients[:2]:
+                places.give_back(client)
+        self.assertEqual(places._taken_by_host, {})
+
+    def test_networks(self) -> None:
+        for text, inside, outside in (
+            ("192.168.1.7/24", "192.168.1.200", "192.168.2.1"),
+            ("10.0.0.7", "10.0.0.7", "10.0.0.8"),
+            ("::ffff:10.0.0.0/104", "10.200.0.1", "11.0.0.1"),
+            ("2001:db8::/32", "2001:db8:1::1", "10.0.0.1"),
+            ("fe80::/10", "fe80::1%lo", "fec0::1"),
+        ):
+            with self.subTest(text):
+                guests = mychatserver.Guests([mychatserver.network(text)], b"", None)
+                self.assertTrue(guests.are_allowed_from(inside))
+                self.assertFalse(guests.are_allowed_from(outside))
+        with Program(sys.executable, SERVER, "--allow", "10.0.0.0/33") as program:
+            self.assertEqual(program.wait(), 2)
+            self.assertIn("'10.0.0.0/33' is not a network: 192.168.1.0/24", program.errors())
+
+
+class Passwords(Guests):
+    def test_nothing_is_heard_or_said_before_the_password(self) -> None:
+        server = self.serve("--password-file", str(self.file), "--history", "9", "--announce")
+        ann = self.enter(server)
+        ann.expect(f"* 1 here: {ann.label} (you)")
+        bob = self.connect(server)
+        bob.expect(QUESTION)
+        ann.send("secret plans\n/who\n/msg " + bob.label + " psst\n")
+        ann.expect(f"* 1 here: {ann.label} (you)", f"* nobody here is called '{bob.label}'")
+        server.expect(f"{ann.label}:secret plans")
+        bob.send("/nick bo\n/nick bob\n/who\nsaid too early\n")  # two are names, one is wrong, one is thrown away
+        bob.expect(WRONG)
+        bob.send(f"{SECRET}\nHi!\n")
+        bob.expect(
+            ACCEPTED, f"* 2 here: {ann.label}, {bob.label} (you)", "* the last line:", f"{ann.label}:secret plans"
+        )
+        bob.expect("* live from here", f"* {bob.label} is now bob")
+        ann.expect(f"* {bob.label} joined", f"* {bob.label} is now bob", "bob:Hi!")
+        server.expect(f"New connection from : {bob.address}", f"* {bob.label} is now bob", "bob:Hi!")
+        self.assertEqual(server.errors(), "")
+
+    def enter(self, server: Server) -> Peer:
+        """Return a peer that has said the password and is in the room."""
+        peer = self.connect(server)
+        peer.expect(QUESTION)
+        peer.say(SECRET)
+        peer.expect(ACCEPTED)
+        server.expect(f"New connection from : {peer.address}")
+        return peer
+
+    def test_three_tries_a_second_each_and_side_by_side_guesses_gain_nothing(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        ann, bob = self.enter(server), self.enter(server)
+        guessers = [self.connect(server) for _ in range(20)]
+        begun = time.monotonic()
+        for guesser in guessers:
+            guesser.expect(QUESTION)
+            guesser.send("".join(f"{guess}\n" for guess in ("", SECRET.strip(), "exit?", SECRET)))
+        for guesser in guessers:
+            guesser.expect(WRONG)  # what was behind it is thrown away, the right one too
+        for _ in range(2):
+            for guesser in guessers:
+                guesser.send(f"{SECRET.upper()}\r\n{SECRET}\n")
+            for guesser in guessers:
+                guesser.expect(WRONG)
+        self.assertGreaterEqual(time.monotonic() - begun, 3.0)
+        for guesser in guessers:
+            guesser.expect_end()
+        ann.say("still here")
+        bob.expect(f"{ann.label}:still here")
+        self.assertTrue(eventually(lambda: b"Refused : ('127.0.0.1', " in server.output))
+
+    def test_whoever_says_exit_or_leaves_at_the_door_is_gone(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        for last in ("exit\n", " /quit\n", None):
+            guest = self.connect(server)
+            guest.expect(QUESTION)
+            if last:
+                guest.send(last)
+            else:
+                guest.half_close()
+            guest.expect_end()
+        # An unfinished line at end-of-file is a line here too.
+        guest = self.connect(server)
+        guest.send(f"/nick ann\n{SECRET}")
+        guest.half_close()
+        self.assertEqual(guest.read_to_end().decode().splitlines()[:2], [QUESTION, ACCEPTED])
+        server.expect(f"New connection from : {guest.address}", f"* {guest.label} is now ann", "Connection closed")
+
+    def test_a_line_too_long_is_a_wrong_try(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        guest = self.connect(server)
+        guest.expect(QUESTION)
+        for _ in range(3):
+            guest.send("x" * 70_000 + "\n")
+            guest.expect(WRONG)
+        guest.expect_end()
+
+    def test_a_home_made_client_that_sends_no_newline_gets_in(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        guest = self.connect(server)
+        guest.expect(QUESTION)
+        guest.send(SECRET)
+        guest.expect(ACCEPTED)
+
+    def test_who_waits_at_the_door_has_places_and_time_to_wait_is_limited(self) -> None:
+        code = (
+            "import mychatserver as m; m.WAITING_MAX = 3, 2; m.PASSWORD_SECONDS = 3.0; "
+            f"m.main(['--port', '0', '--password-file', {str(self.file)!r}])"
+        )
+        with Program(sys.executable, "-c", code) as program:
+            port = int(program.line().rpartition(":")[2])
+            waiting = [self.stack.enter_context(Peer(LOOPBACK, port)) for _ in range(2)]
+            for peer in waiting:
+                peer.expect(QUESTION)
+            third = self.stack.enter_context(Peer(LOOPBACK, port))
+            third.expect("* too many from your address: 2 of 2 newcomers")
+            third.expect_end()
+            program.expect(f"Refused : {third.address}")
+            other = self.stack.enter_context(Peer(LOOPBACK, port, source=("127.0.0.2", 0)))
+            other.expect(QUESTION)
+            fourth = self.stack.enter_context(Peer(LOOPBACK, port, source=("127.0.0.3", 0)))
+            fourth.expect("* server full: 3 of 3 newcomers")
+            waiting[0].send(SECRET[:1])  # a byte now and then gains no time
+            for peer in (*waiting, other):
+                peer.expect("* no password within 3 s")
+                peer.expect_end()
+            late = self.stack.enter_context(Peer(LOOPBACK, port))
+            late.expect(QUESTION)
+            late.say(SECRET)
+            late.expect(ACCEPTED)
+            program.process.send_signal(signal.SIGTERM)
+            self.assertEqual(program.wait(), 0)
+
+    def test_the_server_stops_while_somebody_is_asked_and_another_pays_for_a_wrong_try(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        peers = [self.connect(server) for _ in range(2)]
+        for peer in peers:
+            peer.expect(QUESTION)
+        peers[0].say("wrong")
+        begun = time.monotonic()
+        self.assertEqual(server.stop(), 0)
+        self.assertLess(time.monotonic() - begun, 10)
+
+    def test_the_password_of_file_or_environment_and_what_is_wrong_with_it(self) -> None:
+        empty, directory = self.folder / "empty", self.folder / "directory"
+        empty.write_bytes(b"\nsecret\n")
+        directory.mkdir()
+        for module in (mychatserver, mychatclient):
+            with self.subTest(module=module.__name__):
+                with mock.patch.dict(os.environ, {"MYCHAT_PASSWORD": "other"}):
+                    self.assertEqual(module.password_from(str(self.file)), SECRET.encode())
+                    self.assertEqual(module.password_from(None), b"other")
+                with mock.patch.dict(os.environ, {"MYCHAT_PASSWORD": ""}):
+                    self.assertEqual(module.password_from(None), b"")
+                for path in (empty, directory, self.folder / "missing"):
+                    with self.assertRaisesRegex(ValueError, re.escape(str(path))):
+                        module.password_from(str(path))
+                with mock.patch.dict(os.environ, {"MYCHAT_PASSWORD": "a\nb"}):
+                    self.assertRaisesRegex(ValueError, "several lines", module.password_from, None)
+        for program in (SERVER, CLIENT):
+            with Program(sys.executable, program, "--password-file", str(empty)) as running:
+                self.assertEqual(running.wait(), 1)
+                self.assertRegex(running.errors(), r"^\S+ holds no password: .*\n$")
+            with Program(sys.executable, program, "--passwor", "x") as running:  # no abbreviations
+                self.assertEqual(running.wait(), 2)
+
+    def test_a_password_beyond_this_machine_without_encryption_is_warned_of(self) -> None:
+        server = self.serve("--host", "0.0.0.0", "--password-file", str(self.file))
+        warning = "The password, and all that is said, crosses the network unencrypted: joining by --ssh is safer.\n"
+        eventually(lambda: server.errors() == warning)
+
+
+class Clients(Guests):
+    """The client at a server that wants a password, or does not."""
+
+    def client(self, server: Server, *options: str) -> Program:
+        command = (sys.executable, CLIENT, *options, LOOPBACK, str(server.port))
+        program: Program = self.stack.enter_context(Program(*command, keep_input=True))
+        return program
+
+    def terminal(self, server: Server, *options: str) -> Terminal:
+        command = (sys.executable, CLIENT, "--no-color", *options, LOOPBACK, str(server.port))
+        terminal: Terminal = self.stack.enter_context(Terminal(*command))
+        return terminal
+
+    def test_in_a_pipe_with_the_password(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        with mock.patch.dict(os.environ, {"MYCHAT_PASSWORD": SECRET}):
+            ann = self.client(server, "--name", "ann")
+        ann.expect(GREETING)
+        bob = self.client(server, "--password-file", str(self.file))
+        bob.send(b"Hi!\n")
+        bob.end_input()
+        self.assertEqual(bob.wait(), 0)
+        self.assertEqual(bob.output.decode(), f"{GREETING}\n{FAREWELL}\n")
+        self.assertRegex(ann.line() + ann.line() + ann.line() + ann.line(), r"^\* \d+ is now ann\d+:Hi!$")
+        ann.end_input()
+        self.assertEqual(ann.wait(), 0)
+        server.stop()
+        for program in (ann, bob, server):
+            self.assertNotIn(SECRET.strip(), program.output.decode() + program.errors())
+
+    def test_in_a_pipe_without_it_or_with_a_wrong_one(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        program = self.client(server)  # its input stays open, with nothing in it
+        self.assertEqual(program.wait(), 1)
+        self.assertEqual(program.output.decode(), f"{GREETING}\n{FAREWELL}\n")
+        self.assertRegex(program.errors(), r"^Connection lost: the server asks for a password: give --password.*\n$")
+        (self.folder / "wrong").write_text("wrong\n")
+        program = self.client(server, "--password-file", str(self.folder / "wrong"))
+        self.assertEqual(program.wait(), 1)
+        self.assertEqual(program.output, b"")
+        self.assertRegex(program.errors(), r"^Wrong password: .*\n$")
+
+    def test_nothing_is_sent_after_the_question_was_seen(self) -> None:
+        sent: list[bytes] = []
+
+        def serve(sock: socket.socket) -> None:
+            sock.sendall(b"* password?\n")
+            sent.append(sock.recv(100))
+
+        with home_made_server(serve) as port:
+            command = (sys.executable, CLIENT, LOOPBACK, str(port))
+            with Program(*command, keep_input=True) as program:
+                eventually(lambda: program.errors())
+                with contextlib.suppress(BrokenPipeError):  # it may have ended by now
+                    program.send(b"private\n")
+                self.assertEqual(program.wait(), 1)
+        self.assertEqual(sent, [b""])
+
+    def test_with_a_password_at_a_server_that_asks_for_none(self) -> None:
+        for server in (self.serve(), self.serve("--history", "1")):
+            ann = self.peer(server)
+            ann.say(QUESTION)  # in somebody's mouth it is no question
+            server.line()
+            program = self.client(server, "--password-file", str(self.file))
+            program.send(b"Hi!\n")
+            program.expect(GREETING, "", mychatclient.NOT_ASKED)
+            self.assertTrue(ann.line().endswith(b":Hi!"))
+            program.end_input()
+            self.assertEqual(program.wait(), 0)
+
+    @unittest.skipIf(sys.platform == "win32", "needs pseudo-terminals")
+    def test_in_a_terminal_it_is_asked_for_unseen(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        for options, beginning in (((), f"{GREETING}\nPassword: "), (("--password",), "Password: ")):
+            client = self.terminal(server, "--name", "ann", *options)
+            client.wait_for(beginning)
+            client.type(f"{SECRET}\n")
+            client.wait_for("is now ann\n")
+            server.line(), server.line()
+            client.type("Hi!\r")
+            server.expect("ann:Hi!")
+            client.type("exit\r")
+            self.assertEqual(client.wait(), 0)
+            server.expect("Connection closed")
+            self.assertEqual(client.screen().count(GREETING), 1)
+            self.assertNotIn(SECRET.strip(), client.screen())
+            self.assertEqual(client.attributes(), client.before)
+
+    @unittest.skipIf(sys.platform == "win32", "needs pseudo-terminals")
+    def test_how_the_question_can_end_in_a_terminal(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        for typed, status, end in (
+            ("\x03", 130, FAREWELL),
+            ("\x04", 0, FAREWELL),
+            ("wrong\n", 1, "Connection lost: Wrong password: ask whoever runs the server for it, and try again."),
+        ):
+            with self.subTest(typed=typed):
+                client = self.terminal(server)
+                client.wait_for("Password: ")
+                client.type(typed)
+                self.assertEqual(client.wait(), status)
+                self.assertIn(end, client.screen())
+                self.assertEqual(client.attributes(), client.before)
+        client = self.terminal(server)
+        client.wait_for("Password: ")
+        server.stop()
+        client.type("anything\n")
+        self.assertEqual(client.wait(), 1)
+        self.assertIn("Connection lost: ", client.screen())
+        self.assertEqual(client.attributes(), client.before)
+
+    @unittest.skipIf(sys.platform == "win32", "needs pseudo-terminals")
+    def test_reconnecting_gives_the_password_again_and_ends_when_it_is_wrong_now(self) -> None:
+        server = self.serve("--password-file", str(self.file))
+        client = self.terminal(server, "--reconnect", "--name", "ann")
+        client.wait_for("Password: ")
+        client.type(f"{SECRET}\n")
+        client.wait_for("is now ann\n")
+        options = ("--port", str(server.port), "--password-file")
+        server.process.kill()
+        server.process.wait()
+        client.wait_for("* connection lost, trying again\n")
+        server = self.serve(*options, str(self.file))
+        client.wait_for("* connected again\n", within=True)
+        client.wait_for("is now ann\n")
+        server.process.kill()
+        server.process.wait()
+        (self.folder / "other").write_text("other\n")
+        self.serve(*options, str(self.folder / "other"))
+        self.assertEqual(client.wait(), 1)
+        self.assertIn("Connection lost: Wrong password", client.screen())
+        self.assertEqual(client.attributes(), client.before)
+
+
+class Rates(Guests):
+    def test_a_burst_then_so_many_a_second_and_nothing_is_lost(self) -> None:
+        server = self.serve("--rate", "20")
+        ann, bob, carol = self.peer(server), self.peer(server), self.peer(server)
+        lines = [f"line {number}" for number in range(240)]
+        begun = time.monotonic()
+        ann.send("".join(f"{line}\n" for line in lines))
+        bob.expect(*(f"{ann.label}:{line}" for line in lines[:200]))
+        carol.say("between")  # who is not held up by that
+        for line in lines[200:]:
+            heard = bob.line().decode()
+            if heard == f"{carol.label}:between":
+                heard = bob.line().decode()
+            self.assertEqual(heard, f"{ann.label}:{line}")
+        self.assertGreaterEqual(time.monotonic() - begun, 1.9)  # 40 lines were beyond the burst
+        # A command counts too, exit does not wait.
+        ann.send("/who\n" * 3 + "exit\n")
+        for _ in range(3):
+            while not (answer := ann.line()).startswith(b"* "):
+                self.assertEqual(answer, f"{carol.label}:between".encode())
+        ann.expect_end()
+
+    def test_the_burst_is_whole_for_short_and_for_long_lines(self) -> None:
+        for line in ("x", "y" * 60_000):
+            server = self.serve("--rate", "2", "--quiet")
+            ann, bob = self.peer(server), self.peer(server)
+            background = Background()
+            background.run(ann.send, f"{line}\n" * 23)
+            begun = time.monotonic()
+            for _ in range(23):
+                bob.expect(f"{ann.label}:{line}")
+            self.assertGreaterEqual(time.monotonic() - begun, 1.4)
+            background.join()
+
+    def test_who_is_held_leaves_when_the_server_stops(self) -> None:
+        server = self.serve("--rate", "1")
+        ann, bob = self.peer(server), self.peer(server)
+        ann.send("x\n" * 100)
+        for _ in range(10):
+            bob.expect(f"{ann.label}:x")
+        begun = time.monotonic()
+        self.assertEqual(server.stop(), 0)
+        self.assertLess(time.monotonic() - begun, 10)
+
+    def test_a_pace_over_time(self) -> None:
+        """However lines are cut into blocks, in each stretch of time no more are said than burst and rate allow."""
+        now = 0.0
+
+        def pause(seconds: float) -> bool:
+            nonlocal now
+            now += seconds
+            return now < 60
+
+        with mock.patch.object(time, "monotonic", lambda: now):
+            pace = mychatserver.Pace(2, pause)
+            said = []
+            blocks = ((b"x\n" * size, "") for size in (1, 50, 3, 1_000))
+            for lines, _ in pace.hold(blocks):
+                said += [now] * lines.count(b"\n")
+        self.assertEqual(said[:20], [0.0] * 20)
+        for number, moment in enumerate(said):
+            self.assertLessEqual(number + 1, 20 + 2 * moment + 1e-6)
+            self.assertGreaterEqual(number + 1, min(2 * moment, 20) - 1e-6)
+        self.assertGreater(len(said), 130)
+
+
+class Threads(Guests):
+    def test_no_thread_is_left_of_those_who_were_turned_away(self) -> None:
+        server = self.serve("--password-file", str(self.file), "--max-per-host", "1")
+        before = server.threads(), server.descriptors()
+        for _ in range(5):
+            for last in (f"{SECRET}\nexit\n", "exit\n"):
+                peer = self.connect(server)
+                peer.send(last)
+                peer.read_to_end()
+                peer.close()
+        eventually(lambda: (server.threads(), server.descriptors()) == before)
