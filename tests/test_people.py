@@ -391,6 +391,7 @@ NOTICES = (
     LINE_TOO_LONG,
     "* server stopping",
     "* server full: 1 of 1 clients",
+    "* this server speaks TLS: join with mychatclient.py --tls",
     "* 12345 lines not shown",
     "* the last 3 lines:",
     "* the last line:",
