@@ -116,6 +116,7 @@ DATAGRAMS_A_SECOND = 5_000  # a flood of more is left to the system, which drops
 
 HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
 TLS_PIECE_BYTES = 65_536  # encrypted at once, of what one client is given: each late one keeps as much ciphertext
+TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
 TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer, unsent or at once: hundreds of new keys
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
@@ -1623,6 +1624,7 @@ class TlsClient(Client):
     _says_end = False
     _ciphertext = memoryview(b"")  # out of the output, to be sent first
     _encrypted = 0  # bytes at the front of the backlog, or of what is given, whose ciphertext that is
+    _silent = 0  # bytes that came since the last text
     _ciphertext_taken = 0  # while there was a backlog, since the last note
     _is_lost = False  # nothing can be sent any more
 
@@ -1716,8 +1718,9 @@ class TlsClient(Client):
                 if not parts:  # else the next call raises it again
                     raise
             finally:
-                if self._output.pending > TLS_OUTPUT_BYTES:
-                    self._give_up(ENDED)
+                self._silent = 0 if parts else self._silent + len(ciphertext)
+                if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
+                    self._give_up(ENDED)  # it floods us with new keys, which take our time, under a lock
                 waits = self._send_output()
         if waits:
             self._on_backlog(self)

@@ -732,6 +732,13 @@ class Between(TestCase):
             self.client.recv(100)
             self.assertTrue(self.client.ended)
 
+    def test_who_sends_much_without_any_text_in_it_is_let_go(self) -> None:
+        """Such as new keys without end, which cost more than text does; half of a record counts alike."""
+        socket.socket.send(self.peer.socket, b"\x17\x03\x03\x40\x00" + bytes(1_000))
+        with mock.patch.object(mychatserver, "TLS_SILENT_BYTES", 1_000), self.assertRaises(ConnectionResetError):
+            self.client.recv(100)
+        self.assertTrue(self.client.ended)
+
     def test_the_floor_counts_ciphertext(self) -> None:
         """Who takes a little of a piece in thirty seconds is not who takes nothing."""
         self.client.give([memoryview(bytes(65_536))])
