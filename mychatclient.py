@@ -986,9 +986,6 @@ def tls_context(authority: str | None) -> ssl.SSLContext:
     except OSError as error:
         raise NotConnected(f"Cannot read {authority}: {error.strerror}; give --tls-ca a PEM file.") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if authority is not None:
-        # Who names the one certificate need not have it say that it may sign others, as Python 3.13 asks of all.
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 

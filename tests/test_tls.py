@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -100,8 +100,6 @@ def trust(name: str = "good") -> str:
 def context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     """Return what trusts the good server, and speaks one version of TLS alone."""
     result = ssl.create_default_context(cafile=trust())
-    result.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    result.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if version:
         result.minimum_version = result.maximum_version = version
     return result
@@ -646,6 +644,16 @@ class Ends(TestCase):
         with home_made_server(serve) as port, client(port, "--tls-ca", trust()) as program:
             program.expect(GREETING, "", "1234:at once")
 
+    def test_who_sends_and_closes_at_once_is_heard(self) -> None:
+        """Nothing of the handshake is left for it to read, or its close would be a reset, and undo what it has sent."""
+        lines = numbered_lines(2_000)
+        with TlsServer("--quiet") as server, server.peer() as ann:
+            for _ in range(20):
+                with TlsPeer(LOOPBACK, server.port) as peer:
+                    peer.send(lines)
+                    peer.half_close()
+                ann.expect(*as_heard(peer.label, lines).split(b"\n")[:-1])
+
     def test_a_stop_is_a_clean_end(self) -> None:
         with TlsServer() as server, server.peer() as ann:
             ann.say("last")
@@ -735,9 +743,33 @@ class Between(TestCase):
     def test_who_sends_much_without_any_text_in_it_is_let_go(self) -> None:
         """Such as new keys without end, which cost more than text does; half of a record counts alike."""
         socket.socket.send(self.peer.socket, b"\x17\x03\x03\x40\x00" + bytes(1_000))
+        socket.socket.shutdown(self.peer.socket, socket.SHUT_WR)
         with mock.patch.object(mychatserver, "TLS_SILENT_BYTES", 1_000), self.assertRaises(ConnectionResetError):
             self.client.recv(100)
         self.assertTrue(self.client.ended)
+
+    def test_a_peer_that_is_gone_in_the_middle_of_its_backlog(self) -> None:
+        calls = []
+
+        def dies(client: mychatserver.Client, pieces: Sequence[memoryview]) -> int:
+            calls.append(pieces)
+            if len(calls) == 1:
+                return sum(map(len, pieces))
+            client._give_up(mychatserver.LOST)
+            return 0
+
+        with self.full():
+            self.client.give([memoryview(bytes(200_000))])
+        with mock.patch.object(mychatserver.Client, "_send", dies):
+            self.assertEqual(self.client.flush(), 0)
+        self.assertEqual(self.client.give([memoryview(b"more")]), 0)
+
+    def test_text_before_garbage_is_read(self) -> None:
+        self.peer.say("before")
+        socket.socket.send(self.peer.socket, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
+        self.assertEqual(self.client.recv(100), b"before\n")
+        with self.assertRaises(OSError):
+            self.client.recv(100)
 
     def test_the_floor_counts_ciphertext(self) -> None:
         """Who takes a little of a piece in thirty seconds is not who takes nothing."""
