@@ -1125,10 +1125,12 @@ class TlsSocket(socket.socket):
             except ssl.SSLZeroReturnError:
                 self._at_end = True
             except ssl.SSLError as error:
-                raise OSError(errno.EPROTO, f"TLS failed: {error.reason}") from None
+                if not any(parts):  # else it is read first, and what follows will tell
+                    raise OSError(errno.EPROTO, f"TLS failed: {error.reason}") from None
             finally:
                 self._text = b"".join(parts)
-                self._send()
+                with contextlib.suppress(OSError):  # who sends is told too; what had come before is read
+                    self._send()
             if self._output.pending > TLS_OUTPUT_BYTES:
                 raise OSError(errno.EPROTO, "the server asks for nothing but new keys")
 

@@ -12,6 +12,7 @@ The wire
     name that it has taken. No text of a person stands in a notice but for ``* LABEL to you: text``.
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
+    With ``--tls-cert`` all of this is inside of TLS.
 
 The threads, and who owns what
     main            waits; the signals that stop the server wake the server thread.

@@ -514,10 +514,10 @@ class Flow(TestCase):
 
     def test_a_half_close_with_much_on_its_way_both_ways(self) -> None:
         """Who pours, then ends its side, is heard to its last line, and itself hears whole lines, and a clean end."""
-        lines = numbered_lines(50_000)
+        lines = numbered_lines(100_000)  # more than all buffers hold
         for version in VERSIONS:
             with self.subTest(version=version):
-                ann, bob = self.peer(version=version), self.peer(version=version)
+                ann, bob = (self.peer(version=version, receive_buffer=65_536) for _ in range(2))
                 self.background.run(bob.send, lines)
                 anns = Listener(bob, self.background, len(as_heard(ann.label, lines)))
                 bobs: list[bytes] = []
@@ -620,6 +620,33 @@ class Ends(TestCase):
                     program.expect("", "1234:last", FAREWELL)
                     self.assertEqual(program.wait(), 1)
                     self.assertRegex(program.errors(), f"^Connection lost: {reason}[^\n]*\n$")
+
+    def test_when_a_send_fails_what_had_come_is_still_shown(self) -> None:
+        lines = b"1234:last\n" * 10_000
+
+        def ends(secured: ssl.SSLSocket) -> None:
+            secured.sendall(lines)
+            socket.socket.shutdown(secured, socket.SHUT_RDWR)
+
+        with home_made_server(self.serve(VERSIONS[1], ends)) as port, client(port, "--tls-ca", trust()) as program:
+            program.send(b"hello\n")
+            program.expect(GREETING, "", "1234:hello", "", "1234:last")
+            with contextlib.suppress(OSError):  # the client ends first, perhaps
+                while True:
+                    program.send(b"more\n" * 1_000)
+            self.assertEqual(program.wait(), 1)
+            self.assertEqual(program.output.count(b"1234:last\n"), 10_001)
+
+    def test_garbage_behind_a_line_is_a_lost_connection_and_the_line_is_shown(self) -> None:
+        def ends(secured: ssl.SSLSocket) -> None:
+            secured.sendall(b"1234:really\n")
+            socket.socket.send(secured, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
+
+        with home_made_server(self.serve(VERSIONS[1], ends)) as port, client(port, "--tls-ca", trust()) as program:
+            program.send(b"hello\n")
+            program.expect(GREETING, "", "1234:hello", "", "1234:last", "", "1234:really", FAREWELL)
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), "^Connection lost: [^\n]+\n$")
 
     def test_what_comes_with_the_handshakes_end_is_shown_at_once(self) -> None:
         """In TLS 1.2 a server ends the handshake, and may speak in the same packet."""
