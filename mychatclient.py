@@ -11,7 +11,8 @@ The threads, and who owns what
     watch     reads the numbers of signals as they come, and sees to it that the main thread handles them.
 
 ``--lan`` finds a server on the same network; ``--ssh`` reaches one through the user's own ssh, a program of its own
-beside this one, on whose standard input and output the chat then runs as on any socket.
+beside this one, on whose standard input and output the chat then runs as on any socket. ``--tls`` encrypts, on a socket
+of another kind.
 
 The wire is lines of UTF-8, as the server's docstring tells. A server that never sends a newline is shown too: what it
 sent counts as a line after a second of silence.
@@ -42,7 +43,10 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ssl  # at run time only where somebody asks for TLS: some Pythons have none
 
 if sys.platform != "win32":
     import termios
@@ -55,6 +59,7 @@ GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
 REFUSALS = b"* server full", b"* server stopping", b"* too many from your address"
 TURNED_AWAY = "the server has turned this client away; try again later."
+NEEDS_TLS = "that server speaks TLS; join it with --tls, or with --tls-ca and its certificate."
 SERVER_CLOSED = "the server closed the connection; try again later."
 
 QUESTION = b"* password?\n"
@@ -100,6 +105,10 @@ QUESTION_BYTES = 128  # of each question, and no answer has more
 ASK_SECONDS = 0.25  # until the question is asked again: a datagram may be lost, a sleeping radio late
 ASKS = 3, 8  # least, so that a second server is noticed too, and most, when nobody answers
 MOST_FOUND = 20  # servers: a rude neighbour could answer for thousands
+
+HANDSHAKE_SECONDS = 10.0  # in which a server must have shown that it speaks TLS, and whose it is
+TLS_PIECE_BYTES = 65_536  # encrypted at once, when what was encrypted before is sent
+TLS_OUTPUT_BYTES = 65_536  # unsent, that a server's TLS may have ours answer
 
 SSH_READY = b"mychat-is-through"  # what ssh has our side say when it has authenticated
 SSH_REFUSAL_SECONDS = 0.5  # in which the other machine most probably tells that no server is there
@@ -563,14 +572,21 @@ def pauses() -> Iterator[float]:
         yield RECONNECT_SECONDS[-1]
 
 
+@contextlib.contextmanager
+def waiting_on(sock: socket.socket) -> Iterator[Callable[[float | None], object]]:
+    """Give what waits until something can be read from ``sock``, so many seconds at most, and tells whether it can."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        yield functools.partial(sock.wait, selector) if isinstance(sock, TlsSocket) else selector.select
+
+
 def is_admitted(sock: socket.socket) -> bool:
     """Return whether a server keeps us: it has neither closed nor said why it will. Blocks ADMITTED_SECONDS at most.
 
     Raises OSError when the connection is lost already.
     """
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        if not selector.select(ADMITTED_SECONDS):
+    with waiting_on(sock) as wait:
+        if not wait(ADMITTED_SECONDS):
             return True
     beginning = sock.recv(100, socket.MSG_PEEK)
     return bool(beginning) and not beginning.startswith(REFUSALS)
@@ -613,10 +629,9 @@ def received(sock: socket.socket) -> Iterator[bytes]:
     partial = b""
     sends_newlines = False
     silence: float | None = None  # so many seconds of it would end the unfinished line
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
+    with waiting_on(sock) as wait:
         while True:
-            ready = selector.select(silence)
+            ready = wait(silence)
             data = sock.recv(READ_BYTES) if ready else b""
             end = data.rfind(b"\n") + 1
             sends_newlines = sends_newlines or end > 0
@@ -648,8 +663,9 @@ def lines_to_show(blocks: Iterator[bytes]) -> Iterator[bytes]:
     for number, block in enumerate(blocks):
         if number == 0 and block[:9].upper().startswith((b"HTTP/", b"<!DOCTYPE", b"<HTML")):
             raise WrongServer("that is a web server; check host and port.")
-        if number == 0 and block.startswith((b"\x15\x03", b"\x16\x03")):  # alert, handshake: RFC 8446, 5.1
-            raise WrongServer("that server speaks TLS; check host and port.")
+        # Alert, handshake: RFC 8446, 5.1; or what mychatserver.py says.
+        if number == 0 and block.startswith((b"\x15\x03", b"\x16\x03", b"* this server speaks TLS")):
+            raise WrongServer(NEEDS_TLS)
         yield clean(block.replace(b"\r\n", b"\n"))
 
 
@@ -1016,9 +1032,8 @@ def asks_for_password(sock: socket.socket) -> bool:
     Blocks QUESTION_SECONDS at most. Raises OSError when the connection is lost.
     """
     deadline = time.monotonic() + QUESTION_SECONDS
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        while (seconds := deadline - time.monotonic()) > 0 and selector.select(seconds):
+    with waiting_on(sock) as wait:
+        while (seconds := deadline - time.monotonic()) > 0 and wait(seconds):
             beginning = sock.recv(len(QUESTION), socket.MSG_PEEK)
             if beginning == QUESTION:
                 return read_line(sock) == QUESTION
@@ -1043,20 +1058,20 @@ def password_typed() -> bytes:
 def password_from(path: str | None) -> bytes:
     """Return the password, of a file's first line or the environment; nothing if neither is given.
 
-    Raises ValueError with one sentence that says what to do.
+    Raises NotConnected.
     """
     if path is None:
         password = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape")
         if b"\n" in password or b"\r" in password:
-            raise ValueError("MYCHAT_PASSWORD has several lines: a password is one.")
+            raise NotConnected("MYCHAT_PASSWORD has several lines: a password is one.")
         return password
     try:
         with open(path, "rb") as file:
             password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
     except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
+        raise NotConnected(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
     if not 1 <= len(password) <= MAX_LINE_BYTES:
-        raise ValueError(f"{path} holds no password: its first line must have 1 to {MAX_LINE_BYTES} bytes.")
+        raise NotConnected(f"{path} holds no password: its first line must have 1 to {MAX_LINE_BYTES} bytes.")
     return password
 
 
@@ -1124,6 +1139,228 @@ def the_server_found() -> tuple[str, int]:
     name, host, port = servers[0]
     warn(f"Joining the server on {name}: {host} port {port}.")
     return host, port
+
+
+# --- TLS: an encrypted connection to a server that shows whose it is; without --tls nothing of this runs --------------
+
+
+def tls_context(authority: str | None) -> ssl.SSLContext:
+    """Return what checks servers: by the system's authorities, or the one in this PEM file. Raise NotConnected."""
+    try:
+        import ssl
+    except ImportError:
+        raise NotConnected("This Python has no ssl module, so no TLS: use another Python, or try --ssh.") from None
+    try:
+        context = ssl.create_default_context(cafile=authority)
+    except ssl.SSLError:
+        raise NotConnected(
+            f"There is no certificate in {authority}: give --tls-ca the PEM file of the server's."
+        ) from None
+    except OSError as error:
+        raise NotConnected(f"Cannot read {authority}: {error.strerror}; give --tls-ca a PEM file.") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) -> TlsSocket:
+    """Return a connection with TLS on it, of a server that has shown that it is ``host``; close ``sock`` if it is not.
+
+    Blocks HANDSHAKE_SECONDS at most. Raises NotConnected.
+    """
+    import ssl
+
+    where = f"{host} port {port}"
+    try:
+        with contextlib.ExitStack() as unless_secure:
+            unless_secure.enter_context(sock)
+            secure = unless_secure.enter_context(TlsSocket(sock, context, host))
+            secure.shake_hands()
+            unless_secure.pop_all()
+            return secure
+    except ssl.SSLCertVerificationError as error:
+        problem = certificate_problem(error, where)
+    except TimeoutError:
+        problem = f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
+    except ssl.SSLError as error:
+        if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
+            problem = f"No TLS at {where}: leave --tls out, or give another port."
+        else:
+            problem = f"No TLS with {where}: {error.reason}; check that its TLS is 1.2 or newer."
+    except OSError:  # as mychatserver.py ends it when it has no certificate
+        problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
+    except ValueError:
+        problem = f"No certificate can be for {host!r}: join by the name or address that the server's has."
+    raise NotConnected(problem)
+
+
+def certificate_problem(error: ssl.SSLCertVerificationError, where: str) -> str:
+    """Return one sentence that says why a server's certificate does not do, and what to do."""
+    code = error.verify_code  # X509_V_ERR_...: openssl-verification-options(1)
+    if code in (62, 64):  # host name, address
+        return f"The certificate of {where} is for another name: join by a name or address that it has."
+    if code == 10:
+        return f"The certificate of {where} has expired: whoever runs that server has to make a new one."
+    if code == 9:
+        return f"The certificate of {where} is not valid yet: check the date on both machines."
+    if code in (2, 18, 19, 20, 21):  # nobody known has signed it
+        return f"The certificate of {where} is not trusted: give --tls-ca its PEM file, from whoever runs that server."
+    return f"The certificate of {where} does not do: {error.verify_message}; ask whoever runs that server."
+
+
+class TlsSocket(socket.socket):
+    """A socket with TLS, to the rest of this program like any other: one thread may read while another sends.
+
+    An SSLSocket must not be used so. Here an SSLObject stands between two buffers in memory and is used with a lock
+    held, under which nothing waits: who sends waits outside of it until the socket takes more, so that what comes is
+    read all the same, and two sides that pour at each other never wait for each other.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
+        """Take over a connection. Raise ValueError when ``host`` is nothing that a certificate could name."""
+        import ssl
+
+        # Guards what follows, and sending on the socket.
+        self._lock = threading.Lock()
+        self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._output, server_hostname=host)
+        self._ciphertext = memoryview(b"")  # out of the output, to be sent first
+        # Only who reads uses what follows.
+        self._text = b""  # decrypted, not yet read
+        self._at_end = False  # the server has said its end (close_notify)
+        self._seconds: float | None = None  # that it may wait
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+        self.setblocking(False)
+
+    # Runs in the thread that connects
+
+    def shake_hands(self) -> None:
+        """Have the server show who it is. Blocks HANDSHAKE_SECONDS at most. Raises OSError."""
+        import ssl
+
+        deadline = time.monotonic() + HANDSHAKE_SECONDS
+        is_done = False
+        while not is_done:
+            try:
+                self._tls.do_handshake()
+                is_done = True
+            except ssl.SSLWantReadError:
+                pass
+            finally:  # what is wrong is told the server too
+                self._send_all(deadline)
+            if not is_done:
+                self._wait_for(selectors.EVENT_READ, deadline)
+                data = super().recv(READ_BYTES)
+                if not data:
+                    raise ConnectionResetError
+                if data.startswith(REFUSALS):  # in plain text: no handshake was begun for us
+                    raise NotConnected("The server has turned this client away; try again later.")
+                self._received.write(data)
+        self._decrypt(b"")  # what came with the handshake's end: TLS 1.2 lets a server speak at once
+
+    # Runs in the thread that reads
+
+    def wait(self, selector: selectors.BaseSelector, seconds: float | None) -> bool:
+        """Wait until there is text or the end, so long at most; return whether there is."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while not self._text and not self._at_end:
+            if not selector.select(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                return False
+            self._read()
+        return True
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Wait for text and return it, none at the server's end; MSG_PEEK leaves it. Raise OSError at any other end."""
+        while not self._text and not self._at_end:
+            self._wait_for(selectors.EVENT_READ)
+            self._read()
+        text = self._text[:size]
+        if not flags & socket.MSG_PEEK:
+            self._text = self._text[size:]
+        return text
+
+    def _read(self) -> None:
+        """Decrypt what has come."""
+        with contextlib.suppress(BlockingIOError):  # nothing, after all
+            data = super().recv(READ_BYTES)
+            if not data:
+                raise ConnectionResetError(errno.ECONNRESET, "it was cut off, without TLS's own end")
+            self._decrypt(data)
+
+    def _decrypt(self, data: bytes) -> None:
+        import ssl
+
+        parts = [self._text]
+        with self._lock:
+            self._received.write(data)
+            try:
+                while part := self._tls.read(READ_BYTES):
+                    parts.append(part)
+                self._at_end = True
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLZeroReturnError:
+                self._at_end = True
+            except ssl.SSLError as error:
+                if not any(parts):  # else it is read first, and what follows will tell
+                    raise OSError(errno.EPROTO, f"TLS failed: {error.reason}") from None
+            finally:
+                self._text = b"".join(parts)
+                with contextlib.suppress(OSError):  # who sends is told too; what had come before is read
+                    self._send()
+            if self._output.pending > TLS_OUTPUT_BYTES:
+                raise OSError(errno.EPROTO, "the server asks for nothing but new keys")
+
+    # Called from any thread
+
+    def settimeout(self, value: float | None) -> None:
+        """Have ``recv`` and ``sendall`` wait so many seconds at most; the socket itself never blocks."""
+        self._seconds = value
+
+    def sendall(self, data: bytes, flags: int = 0) -> None:  # type: ignore[override]
+        """Encrypt and send all of it; wait until the socket takes it."""
+        rest = memoryview(data)
+        while rest:
+            with self._lock:
+                if self._send():
+                    rest = rest[self._tls.write(rest[:TLS_PIECE_BYTES]) :]
+            self._send_all()
+
+    def shutdown(self, how: int) -> None:
+        """End the stream in this direction by TLS's own end, behind all that was sent; or both, at once."""
+        if how == socket.SHUT_WR:
+            with self._lock, contextlib.suppress(OSError):  # that the server's own end has not come
+                self._tls.unwrap()  # all that was received is decrypted: it would be lost here
+            self._send_all()
+        else:
+            super().shutdown(how)
+
+    def _send_all(self, deadline: float | None = None) -> None:
+        """Send what is encrypted; wait until the socket takes it, outside of the lock."""
+        while True:
+            with self._lock:
+                if self._send():
+                    return
+            self._wait_for(selectors.EVENT_WRITE, deadline)
+
+    def _wait_for(self, event: int, deadline: float | None = None) -> None:
+        """Wait until the socket can be read or takes more; raise TimeoutError when that is too late."""
+        if deadline is None and self._seconds is not None:
+            deadline = time.monotonic() + self._seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self, event)
+            if not selector.select(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+
+    # Call with the lock held
+
+    def _send(self) -> bool:
+        """Send what is encrypted, as much as the socket takes; return whether that is all."""
+        with contextlib.suppress(BlockingIOError):
+            while self._ciphertext or self._output.pending:
+                if not self._ciphertext:
+                    self._ciphertext = memoryview(self._output.read())
+                self._ciphertext = self._ciphertext[self.send(self._ciphertext) :]
+        return not self._ciphertext and not self._output.pending
 
 
 # --- Through ssh: to a server that listens only on its own machine, with the accounts that exist there ----------------
@@ -1276,6 +1513,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mychatclient", description="A chat client.", allow_abbrev=False)
     parser.add_argument("host", nargs="?", help=f"whom to join (default: {DEFAULT_HOST})")
     parser.add_argument("port", nargs="?", type=port_number, help=f"its port (default: {DEFAULT_PORT})")
+    parser.add_argument("--tls", action="store_true", help="encrypt, and check whose the server is (default: do not)")
+    parser.add_argument(
+        "--tls-ca", metavar="PEM", help="the same, trusting this certificate (default: the system's authorities)"
+    )
     parser.add_argument("--lan", action="store_true", help="find the server on this network (default: do not)")
     parser.add_argument(
         "--ssh", metavar="[USER@]MACHINE", help="join through ssh, as seen from there (default: do not)"
@@ -1299,6 +1540,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--reconnect is for a terminal: what comes through a pipe meanwhile would be lost")
     if options.lan and (options.host is not None or options.ssh is not None):
         parser.error("--lan finds host and port by itself: leave out what else tells whom to join")
+    options.tls = options.tls or options.tls_ca is not None
+    if options.tls and options.ssh is not None:
+        parser.error("--ssh encrypts already: leave --tls out")
     if options.ssh is not None and (not options.ssh or options.ssh.startswith("-")):  # which ssh takes for an option
         parser.error(f"{options.ssh!r} is no machine for ssh: [USER@]MACHINE")
     options.host = DEFAULT_HOST if options.host is None else options.host
@@ -1323,7 +1567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (EOFError, getpass.GetPassWarning):
             warn("--password asks in a terminal: use --password-file FILE or MYCHAT_PASSWORD where there is none.")
             return 1
-        except ValueError as problem:
+        except NotConnected as problem:
             warn(str(problem))
             return 1
         with contextlib.ExitStack() as way:
@@ -1334,6 +1578,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     sock = through_ssh(way, options.ssh, options.host, options.port, again)
                 else:
                     sock = connect(options.host, options.port)
+                    if context:
+                        sock = secured(sock, context, options.host, options.port)
                 with contextlib.ExitStack() as unless_entered:
                     unless_entered.callback(sock.close)
                     password.enter(sock)
@@ -1341,6 +1587,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return sock
 
             try:
+                context = tls_context(options.tls_ca) if options.tls else None
                 if options.lan:
                     options.host, options.port = the_server_found()
                 sock = join()

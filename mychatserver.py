@@ -13,6 +13,7 @@ The wire
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
     With a password, ``* password?`` is all that a newcomer gets until a line is it: see Guests.
+    With ``--tls-cert`` all of this is inside of TLS.
 
 The threads, and who owns what
     main            waits; the signals that stop the server wake the server thread.
@@ -53,7 +54,10 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Protocol, TypeVar, Union
+
+if TYPE_CHECKING:
+    import ssl  # at run time only where somebody asks for TLS: some Pythons have none
 
 __version__ = "1.0"
 
@@ -106,7 +110,7 @@ WHO_SHOWN = 50  # labels in one answer to /who
 QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
 
-WAITING_MAX = 1_000, 100  # who has yet to say the password: in all, and of one host
+WAITING_MAX = 1_000, 100  # who has yet to finish the handshake or say the password: in all, and of one host
 PASSWORD_SECONDS = 30.0  # in which it must be said,
 PASSWORD_TRIES = 3  # in so many tries,
 WRONG_SECONDS = 1.0  # each of which costs as much
@@ -119,6 +123,11 @@ QUESTION_BYTES = 128  # of each question, and more than any answer has: nobody c
 ANSWERS_A_SECOND = 20  # a class that comes at once finds the server in two seconds
 DATAGRAMS_A_PASS = 16  # read before accepting and backlogs have their turn again
 DATAGRAMS_A_SECOND = 5_000  # a flood of more is left to the system, which drops it: a few per cent of a processor
+
+HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
+TLS_PIECE_BYTES = 65_536  # encrypted at once, of what one client is given: each late one keeps as much ciphertext
+TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
+TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer, unsent or at once: hundreds of new keys
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
@@ -482,7 +491,7 @@ class Client:
         framer = Framer()
         head = b""
         while True:
-            if framer.ends_by_silence and not ready(self._sock, selectors.EVENT_READ, SILENCE_SECONDS):
+            if framer.ends_by_silence and not self.has_input(SILENCE_SECONDS):
                 yield framer.rest(), False
                 continue
             try:
@@ -502,6 +511,10 @@ class Client:
                 if head.startswith(TLS_HELLO):
                     return
             yield framer.feed(data)
+
+    def has_input(self, seconds: float) -> bool:
+        """Wait for input, so long at most; return whether there is any, or the end."""
+        return bool(ready(self._sock, selectors.EVENT_READ, seconds))
 
     def recv(self, size: int) -> bytes:
         """Wait for input and return it, ``size`` bytes at most, none at end-of-file.
@@ -1253,6 +1266,8 @@ def obey(room: Room, client: Client, line: str) -> None:
 
 # --- The server: the thread that accepts, sends what had to wait, and keeps the clock ---------------------------------
 
+NewClient = Callable[[socket.socket, tuple[str, int], Callable[[Client], None]], Client]  # Client, or one like it
+
 
 class Server:
     """Serves whoever connects to a listening socket, until a signal stops it."""
@@ -1265,9 +1280,11 @@ class Server:
         errors: Writer,
         guests: Guests,
         discovery: Discovery | None = None,
+        new_client: NewClient = Client,
     ) -> None:
         self._listener = listener
         self._guests = guests
+        self._new_client = new_client
         self._discovery = discovery
         self._console = console
         self._errors = errors
@@ -1410,7 +1427,7 @@ class Server:
                 sock.close()
                 self._say_refused(address)
                 continue
-            client = Client(sock, address, self._has_backlog)
+            client = self._new_client(sock, address, self._has_backlog)
             # Before its handler starts, or a client that leaves at once would be taken out before it is in.
             self._clients.add(client)
             try:
@@ -1469,7 +1486,6 @@ class Server:
         ``Room.end`` wakes it, and in ``drain``, which has a deadline.
         """
         try:
-            client.prepare()
             blocks = self._guests.let_in(client)
             self._room.join(client)
             paced = self._guests.pacer(functools.partial(self._room.pause, client))
@@ -1621,15 +1637,21 @@ def open_discovery(port: int, errors: Writer) -> Discovery | None:
 
 # --- Guests: who may come in, and how much each may say; off until asked for, a reader may skip it --------------------
 
+
+class Unusable(Exception):
+    """What is wrong with what an option names, and what to do, as one sentence."""
+
+
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Guests:
     """Decides by address and password who may come in, and holds each to a pace."""
 
-    def __init__(self, networks: Sequence[Network], password: bytes, rate: int | None) -> None:
+    def __init__(self, networks: Sequence[Network], password: bytes, rate: int | None, tls: bool) -> None:
         self.networks = networks  # all there are, if there is none
         self.password = password  # nobody is asked for one, if there is none
+        self.tls = tls
         self._rate = rate  # lines a second
         self._waiting = Places(*WAITING_MAX, "newcomers")
 
@@ -1645,15 +1667,20 @@ class Guests:
     # Runs in the handler thread
 
     def let_in(self, client: Client) -> Iterator[tuple[bytes, bool]]:
-        """Return the blocks that ``client`` says once it may enter; raise Refused with the reason if it may not.
+        """Prepare a connection; return the blocks that ``client`` says once it may enter.
 
-        Blocks up to PASSWORD_SECONDS when there is a password. Raises Quit when the client leaves meanwhile.
+        Blocks up to PASSWORD_SECONDS when there is a password, and as ``Client.prepare`` does. Raises Refused with the
+        reason why it may not enter, Quit when it leaves meanwhile, OSError when it is gone.
         """
         blocks = client.blocks(PACED_READ_BYTES if self._rate else READ_BYTES)
-        if not self.password:
+        if not (self.password or self.tls):
+            client.prepare()
             return blocks
         self._waiting.take(client)
         try:
+            client.prepare()
+            if not self.password:
+                return blocks
             client.deadline = time.monotonic() + PASSWORD_SECONDS
             rest = self._behind_password(client, blocks)
             client.deadline = None
@@ -1752,21 +1779,245 @@ def network(text: str) -> Network:
 def password_from(path: str | None) -> bytes:
     """Return the password, of a file's first line or the environment; nothing if neither is given.
 
-    Raises ValueError with one sentence that says what to do.
+    Raises Unusable.
     """
     if path is None:
         password = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape")
         if b"\n" in password or b"\r" in password:
-            raise ValueError("MYCHAT_PASSWORD has several lines: a password is one.")
+            raise Unusable("MYCHAT_PASSWORD has several lines: a password is one.")
         return password
     try:
         with open(path, "rb") as file:
             password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
     except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
+        raise Unusable(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
     if not 1 <= len(password) <= MAX_LINE_BYTES:
-        raise ValueError(f"{path} holds no password: its first line must have 1 to {MAX_LINE_BYTES} bytes.")
+        raise Unusable(f"{path} holds no password: its first line must have 1 to {MAX_LINE_BYTES} bytes.")
     return password
+
+
+# --- TLS: the same chat encrypted, for who asks for it with --tls-cert; else nothing of this runs ---------------------
+
+
+def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
+    """Return what encrypts with the certificate and key in these PEM files; raise Unusable. Never asks a question."""
+    try:
+        import ssl
+    except ImportError:
+        raise Unusable(
+            "This Python has no ssl module, so no TLS: use another Python, or leave --tls-cert out."
+        ) from None
+
+    def no_password() -> str:
+        raise Unusable(
+            f"The key in {key or certificate} has a pass phrase: take it off (openssl pkey -in OLD -out NEW)."
+        )
+
+    for option, path, mark in (
+        ("--tls-cert", certificate, b"-----BEGIN CERTIFICATE-----"),
+        ("--tls-key" if key else "--tls-cert", key or certificate, b"PRIVATE KEY-----"),
+    ):
+        try:
+            with open(path, "rb") as file:
+                is_there = mark in file.read()
+        except OSError as error:
+            raise Unusable(f"Cannot read {path}: {error.strerror}; give {option} a PEM file.") from None
+        if not is_there:
+            what = "certificate" if mark.endswith(b"CERTIFICATE-----") else "private key"
+            raise Unusable(f"There is no {what} in {path}: give {option} a PEM file that has one.")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # as newer libraries have it anyway
+    # Who sends and closes without reading would find the tickets unread, and reset what it has sent. Nobody resumes.
+    context.num_tickets = 0
+    try:
+        context.load_cert_chain(certificate, key, no_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise Unusable(
+                f"The key in {key or certificate} is not that of {certificate}: give the two together."
+            ) from None
+        raise Unusable(f"Cannot use {certificate}: {error.reason}; make a new one as the README tells.") from None
+    return context
+
+
+class TlsClient(Client):
+    """A peer with TLS: what others give it and what its handler reads is text, what its socket has is ciphertext.
+
+    An SSLSocket must not be read by one thread while another writes. So an SSLObject stands between two buffers in
+    memory, and is used with the client's lock held: nothing in it ever waits, and the socket is sent to and read as
+    always. A piece of the backlog is encrypted once the ciphertext before it is sent, and leaves the backlog with the
+    last of its own. What TLS itself has to say, new keys or the end (close_notify), the backlog has a byte for if it
+    cannot go at once, so that whoever sends backlogs sends this too.
+    """
+
+    # What follows is set by ``prepare``, and guarded by the lock of every client.
+    _tls: ssl.SSLObject
+    _received: ssl.MemoryBIO
+    _output: ssl.MemoryBIO
+    _is_secure = False  # until then what is sent goes out as it is
+    _says_end = False
+    _ciphertext = memoryview(b"")  # out of the output, to be sent first
+    _encrypted = 0  # bytes at the front of the backlog, or of what is given, whose ciphertext that is
+    _silent = 0  # bytes that came since the last text
+    _ciphertext_taken = 0  # while there was a backlog, since the last note
+    _is_lost = False  # nothing can be sent any more
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        sock: socket.socket,
+        address: tuple[str, int],
+        on_backlog: Callable[[Client], None],
+    ) -> None:
+        super().__init__(sock, address, on_backlog)
+        self._context = context
+
+    # Runs in the server thread
+
+    def under_floor(self, late: bool) -> bool:
+        """Do as for every client, with the ciphertext that was taken: it comes in smaller steps than pieces leave."""
+        self._taken, self._ciphertext_taken = self._ciphertext_taken, 0
+        return super().under_floor(late)
+
+    # Runs in the handler thread
+
+    def prepare(self) -> None:
+        """Set the socket's options, and do the handshake. Blocks HANDSHAKE_SECONDS at most.
+
+        Raises Refused for a peer that does not speak TLS, OSError for one that does so wrongly, slowly, or is gone.
+        """
+        import ssl
+
+        super().prepare()
+        deadline = time.monotonic() + HANDSHAKE_SECONDS
+        self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = self._context.wrap_bio(self._received, self._output, server_side=True)
+        # With TLS the client speaks first: one that says nothing is as plain as one that says something else.
+        if not self.has_input(HANDSHAKE_SECONDS) or not self._sock.recv(1, socket.MSG_PEEK).startswith(TLS_HELLO[:1]):
+            raise Refused("this server speaks TLS: join with mychatclient.py --tls")
+        while not self._is_secure:
+            if not ready(self._sock, selectors.EVENT_READ, max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            data = self._sock.recv(READ_BYTES)
+            if not data:
+                raise ConnectionResetError
+            with self._lock:
+                try:
+                    self._received.write(data)
+                    self._tls.do_handshake()
+                    self._is_secure = True
+                except ssl.SSLWantReadError:
+                    pass
+                finally:
+                    sent = self._send_ciphertext()
+            while not sent:
+                if self._is_lost or not ready(self._sock, selectors.EVENT_WRITE, max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+                with self._lock:
+                    sent = self._send_ciphertext()
+
+    def has_input(self, seconds: float) -> bool:
+        with self._lock:
+            is_held = self._received.pending or self._tls.pending()
+        return bool(is_held) or super().has_input(seconds)
+
+    def recv(self, size: int) -> bytes:
+        """Wait for text and return it, as for every client; TCP's end without TLS's own is a reset."""
+        data = self._decrypted(b"", size)
+        while data is None:
+            ciphertext = super().recv(READ_BYTES)
+            if not ciphertext:
+                raise ConnectionResetError
+            data = self._decrypted(ciphertext, size)
+        return data
+
+    def _decrypted(self, ciphertext: bytes, size: int) -> bytes | None:
+        """Return what can be read with more ciphertext, ``size`` bytes at most, none at the end; None if there is none.
+
+        Raises OSError at what is not TLS.
+        """
+        import ssl
+
+        parts: list[bytes] = []
+        with self._lock:
+            self._received.write(ciphertext)
+            try:
+                while size > 0 and (part := self._tls.read(size)):
+                    parts.append(part)
+                    size -= len(part)
+                at_end = True
+            except ssl.SSLWantReadError:
+                at_end = False
+            except ssl.SSLError:
+                if not parts:  # else the next call raises it again
+                    raise
+            finally:
+                self._silent = 0 if parts else self._silent + len(ciphertext)
+                if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
+                    self._give_up(ENDED)  # it floods us with new keys, which take our time, under a lock
+                waits = self._send_output()
+        if waits:
+            self._on_backlog(self)
+        return b"".join(parts) if parts or at_end else None
+
+    # Call with the lock held
+
+    def _send(self, pieces: Sequence[memoryview]) -> int:
+        if not self._is_secure:
+            return super()._send(pieces)
+        whole = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+        sent = 0
+        while self._send_ciphertext():
+            sent += self._encrypted
+            piece = whole[sent : sent + TLS_PIECE_BYTES]
+            self._encrypted = len(piece)
+            if not piece:
+                break
+            try:
+                while piece:
+                    piece = piece[self._tls.write(piece) :]
+            except OSError:  # TLS has failed in reading, which has told the peer
+                self._give_up(LOST)
+        return 0 if self._is_lost else sent
+
+    def _send_ciphertext(self) -> bool:
+        """Send what is encrypted; return whether all of it is sent."""
+        while not self._is_lost:
+            if not self._ciphertext:
+                self._ciphertext = memoryview(self._output.read())
+                if not self._ciphertext:
+                    return True
+            sent = super()._send([self._ciphertext])
+            if not sent:
+                return False
+            self._ciphertext = self._ciphertext[sent:]
+            self._said_at_taking = self.said
+            if self._backlog:
+                self._ciphertext_taken += sent
+        return False
+
+    def _send_output(self) -> bool:
+        """Send what TLS itself has to say; return whether it waits as a backlog of its own, which is to be watched."""
+        if self._backlog or self._send_ciphertext() or self._is_lost:
+            return False
+        self._backlog.append(memoryview(b"\0"))  # never sent: it stands for the ciphertext
+        self.behind = self._encrypted = 1
+        self.had_backlog = True
+        return True
+
+    def _give_up(self, state: int) -> None:
+        self._is_lost = True
+        super()._give_up(state)
+
+    def _shut(self, how: int) -> None:
+        if how == socket.SHUT_WR and self._is_secure and not self._says_end:
+            self._says_end = True
+            with contextlib.suppress(OSError):  # that the peer's own end has not come, or that TLS has failed
+                self._tls.unwrap()  # and nothing is decrypted any more: what was received and not read would be lost
+            if self._send_output():  # the next flush sends it, or nobody at a stop: then TCP's end has to do
+                return
+        super()._shut(how)
 
 
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
@@ -1844,25 +2095,24 @@ def say_where(console: Writer, errors: Writer, listener: socket.socket, guests: 
     host, port = listener.getsockname()[:2]
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
     if not ipaddress.ip_address(host).is_loopback:
-        if guests.password:
-            errors.say(
-                "The password, and all that is said, crosses the network unencrypted: joining by --ssh is safer."
-            )
-        else:
+        if guests.password and not guests.tls:
+            errors.say("The password, and all that is said, crosses the network unencrypted: --tls-cert encrypts it.")
+        elif not guests.password:
             who = "Anyone from the networks of --allow" if guests.networks else "Anyone who can reach this server"
             way_back = "without --lan the chat stays" if lan else "--host 127.0.0.1 keeps the chat"
             errors.say(f"{who} can join: {way_back} on this machine.")
         # A thread, because the system may take its time to look up this machine's name.
-        threading.Thread(target=say_how_to_join, args=(console, host, port, found), daemon=True).start()
+        threading.Thread(target=say_how_to_join, args=(console, host, port, found, guests.tls), daemon=True).start()
 
 
-def say_how_to_join(console: Writer, host: str, port: int, found: bool) -> None:
+def say_how_to_join(console: Writer, host: str, port: int, found: bool, tls: bool) -> None:
     """Show what others type to join. Blocks while the system looks up this machine's name."""
+    command = f"Others join with: python mychatclient.py{' --tls' if tls else ''}"
     if found:
-        console.say("Others join with: python mychatclient.py --lan")
+        console.say(f"{command} --lan")
     others = addresses_for_others(host)
     for address in others:
-        console.say(f"Others join with: python mychatclient.py {address}{'' if port == DEFAULT_PORT else f' {port}'}")
+        console.say(f"{command} {address}{'' if port == DEFAULT_PORT else f' {port}'}")
     if not others:
         console.say("No address was found that others could join by: is this machine on a network?")
 
@@ -1956,26 +2206,29 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="tell newcomers the last N lines (default: 0)",
     )
+    option("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
+    option("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
     option("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
     option("--version", action="version", version=f"mychatserver {__version__}")
     options = parser.parse_args(argv)
+    if options.tls_key is not None and options.tls_cert is None:
+        parser.error("--tls-key is the key of a certificate: give --tls-cert too")
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
         options.host = options.host[1:-1]
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server; return the exit status: 0 when it was stopped, 1 when it cannot listen."""
+    """Run the server; return the exit status: 0 when it was stopped, 1 when something is in its way."""
     try:
         open_missing_descriptors()
         options = parse_args(argv)
         raise_descriptor_limit()
-        try:
-            password = password_from(options.password_file)
-        except ValueError as problem:
-            warn(str(problem))
-            return 1
-        guests = Guests(options.allow, password, options.rate)
+        new_client: NewClient = Client
+        if options.tls_cert is not None:
+            new_client = functools.partial(TlsClient, tls_context(options.tls_cert, options.tls_key))
+        password = password_from(options.password_file)
+        guests = Guests(options.allow, password, options.rate, options.tls_cert is not None)
         try:
             if options.lan:
                 listener = open_listener_everywhere(options.port)
@@ -2000,12 +2253,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.setswitchinterval(SWITCH_SECONDS)
         places = Places(options.max_clients, options.max_per_host)
         room = Room(console, log, places, options.quiet, options.announce, options.history)
-        status = Server(listener, room, console, errors, guests, discovery).run()
+        status = Server(listener, room, console, errors, guests, discovery, new_client).run()
         for writer in writers:
             writer.close()
         deadline = time.monotonic() + WRITER_SECONDS
         for writer in writers:
             writer.join(max(0.0, deadline - time.monotonic()))
+    except Unusable as problem:
+        warn(str(problem))
+        return 1
     except KeyboardInterrupt:  # before the server thread could see to it
         return 0
     return status

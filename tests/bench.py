@@ -29,9 +29,11 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -45,6 +47,7 @@ LABELLED = re.compile(rb"(\d+(?:-\d+)?):(\d{4})(\d{7})(\d{20})")
 NUMBERS = 2_000  # an endless flood repeats these
 GIVE_UP_SECONDS = 60.0  # without a line that is due
 TYPIST = 9_999  # the number of the sender who types
+FILES = tempfile.TemporaryDirectory()
 FORK = multiprocessing.get_context("fork")  # the load's processes share the connections
 
 Figures = dict[str, float]
@@ -67,6 +70,10 @@ class Rival:
 
     def command(self, port: int) -> list[str]:
         return [sys.executable, str(SERVER), "--quiet", "--port", str(port)]
+
+    def secure(self, sock: socket.socket) -> socket.socket:
+        """Return the connection with what encrypts it."""
+        return sock
 
     def greet(self, sock: socket.socket) -> None:
         """Do what the wire asks before the first line."""
@@ -116,6 +123,51 @@ class Nats(Rival):
     def frame(self, lines: bytes) -> bytes:
         head = b"PUB room %d\r\n" % (LINE_BYTES - 1)
         return head + lines[:-1].replace(b"\n", b"\r\n" + head) + b"\r\n"
+
+
+class Secured(ssl.SSLSocket):
+    """For the load, which asks for its sockets' readiness first: a record that has begun is as good as there."""
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        return super().send(data)
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        return super().recv_into(buffer, nbytes)
+
+
+class WithTls(Rival):
+    """Ours or another, with TLS; the load does not look whose the server is."""
+
+    def __init__(self, rival: Rival) -> None:
+        pem = certificate()
+        options = {"ours": ["--tls-cert", pem], "ncat": ["--ssl", "--ssl-cert", pem, "--ssl-key", pem]}
+        if rival.name not in options:
+            raise Failed("has no TLS here")
+        self.name, self.keeps_lines, self.most_clients = rival.name, rival.keeps_lines, rival.most_clients
+        self._rival, self._options = rival, options[rival.name]
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
+        self._context.sslsocket_class = Secured
+
+    def command(self, port: int) -> list[str]:
+        return [*self._rival.command(port), *self._options]
+
+    def greet(self, sock: socket.socket) -> None:
+        self._rival.greet(sock)
+
+    def secure(self, sock: socket.socket) -> socket.socket:
+        return self._context.wrap_socket(sock)
+
+
+@functools.cache
+def certificate() -> str:
+    """Return the file of a certificate and its key, made by openssl."""
+    path = os.path.join(FILES.name, "tls.pem")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=bench"
+    subprocess.run([*command.split(), "-keyout", path, "-out", f"{path}.cert"], check=True, capture_output=True)
+    with open(path, "ab") as file, open(f"{path}.cert", "rb") as more:
+        file.write(more.read())
+    return path
 
 
 def receive_until(sock: socket.socket, end: bytes) -> None:
@@ -178,6 +230,7 @@ class Served:
                     raise Failed(f"client {len(self.socks)} cannot connect: {error}") from error
                 time.sleep(0.02)  # it has just been started, or its queue is full
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock = self.rival.secure(sock)
         self.rival.greet(sock)
         self.socks.append(sock)
 
@@ -668,12 +721,17 @@ CELLS: dict[str, tuple[str, Cell]] = {
     ),
     "quiet": ("11 clients, 400 lines/s in all", lambda rival, quick: talk(rival, 11, 10, 400, 1 if quick else 3)),
     "slow": ("1 pours 24 MB, 1 reads 2 MB/s, 1 types", lambda rival, quick: slow_reader(rival, 24, 2_000_000)),
+    "tls": (
+        "11 clients with TLS, 1 sends",
+        lambda rival, quick: pour(WithTls(rival), 11, 1, 100_000 if quick else 1_000_000),
+    ),
+    "holdtls": ("500 clients with TLS come and leave", lambda rival, quick: hold(WithTls(rival), 500)),
     "hold": ("10,000 clients come and leave", lambda rival, quick: hold(rival, 10_000)),
 }
 for talkers in (125, 250, 500, 1_000):
     CELLS[f"curve{talkers}"] = f"{talkers:,} clients, all send", functools.partial(curve, talkers)
 QUICK = ("flood", "alltalk", "latency", "quiet")
-OURS_ALONE = ("hold", "curve125", "curve250", "curve500", "curve1000")
+OURS_ALONE = ("holdtls", "hold", "curve125", "curve250", "curve500", "curve1000")
 
 
 # --- The report -------------------------------------------------------------------------------------------------------

@@ -174,9 +174,13 @@ class Server(Program):
             self.__exit__()
             raise
 
+    def connect(self, host: str, **options: Any) -> Peer:
+        """Return a peer that may not yet be in the room."""
+        return Peer(host, self.port, **options)
+
     def peer(self, host: str = LOOPBACK, **options: Any) -> Peer:
         """Return a peer that is in the room: the console has said so, after chat lines, comings and goings."""
-        peer = Peer(host, self.port, **options)
+        peer = self.connect(host, **options)
         expected = f"New connection from : {peer.address}"
         passing = re.compile(
             r"[^ :*]+:|\* \S+ is now |New connection|Connection closed|Others join with|No address was found"

@@ -267,7 +267,10 @@ class OtherServers(TestCase):
         for answer, sentence in (
             (b"HTTP/1.1 400 Bad Request\r\nServer: x\r\n\r\n", "that is a web server; check host and port"),
             (b"<!doctype html>\n<html>\n", "that is a web server; check host and port"),
-            (b"\x15\x03\x03\0\x02\x02\x0a", "that server speaks TLS; check host and port"),
+            (
+                b"\x15\x03\x03\0\x02\x02\x0a",
+                "that server speaks TLS; join it with --tls, or with --tls-ca and its certificate",
+            ),
         ):
             with self.subTest(answer=answer):
 

@@ -125,7 +125,7 @@ class Addresses(Guests):
             ("fe80::/10", "fe80::1%lo", "fec0::1"),
         ):
             with self.subTest(text):
-                guests = mychatserver.Guests([mychatserver.network(text)], b"", None)
+                guests = mychatserver.Guests([mychatserver.network(text)], b"", None, False)
                 self.assertTrue(guests.are_allowed_from(inside))
                 self.assertFalse(guests.are_allowed_from(outside))
         with Program(sys.executable, SERVER, "--allow", "10.0.0.0/33") as program:
@@ -261,7 +261,7 @@ class Passwords(Guests):
         empty, directory = self.folder / "empty", self.folder / "directory"
         empty.write_bytes(b"\nsecret\n")
         directory.mkdir()
-        for module in (mychatserver, mychatclient):
+        for module, problem in ((mychatserver, mychatserver.Unusable), (mychatclient, mychatclient.NotConnected)):
             with self.subTest(module=module.__name__):
                 with mock.patch.dict(os.environ, {"MYCHAT_PASSWORD": "other"}):
                     self.assertEqual(module.password_from(str(self.file)), SECRET.encode())
@@ -269,10 +269,10 @@ class Passwords(Guests):
                 with mock.patch.dict(os.environ, {"MYCHAT_PASSWORD": ""}):
                     self.assertEqual(module.password_from(None), b"")
                 for path in (empty, directory, self.folder / "missing"):
-                    with self.assertRaisesRegex(ValueError, re.escape(str(path))):
+                    with self.assertRaisesRegex(problem, re.escape(str(path))):
                         module.password_from(str(path))
                 with mock.patch.dict(os.environ, {"MYCHAT_PASSWORD": "a\nb"}):
-                    self.assertRaisesRegex(ValueError, "several lines", module.password_from, None)
+                    self.assertRaisesRegex(problem, "several lines", module.password_from, None)
         for program in (SERVER, CLIENT):
             with Program(sys.executable, program, "--password-file", str(empty)) as running:
                 self.assertEqual(running.wait(), 1)
@@ -282,7 +282,7 @@ class Passwords(Guests):
 
     def test_a_password_beyond_this_machine_without_encryption_is_warned_of(self) -> None:
         server = self.serve("--host", "0.0.0.0", "--password-file", str(self.file))
-        warning = "The password, and all that is said, crosses the network unencrypted: joining by --ssh is safer.\n"
+        warning = "The password, and all that is said, crosses the network unencrypted: --tls-cert encrypts it.\n"
         eventually(lambda: server.errors() == warning)
 
 

@@ -396,6 +396,7 @@ NOTICES = (
     "* password accepted",
     "* wrong password",
     "* no password within 30 s",
+    "* this server speaks TLS: join with mychatclient.py --tls",
     "* 12345 lines not shown",
     "* the last 3 lines:",
     "* the last line:",

@@ -79,8 +79,8 @@ class ReferenceConversation(TestCase):
             with self.subTest(options=options):
                 self.converse(*options)
 
-    def converse(self, *options: str) -> None:
-        with Server() as server:
+    def converse(self, *options: str, serving: tuple[str, ...] = ()) -> None:
+        with Server(*serving) as server:
             terminals: list[Terminal] = []
             ports = {"12000": str(server.port)}
             try:

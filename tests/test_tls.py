@@ -1,0 +1,822 @@
+"""TLS at both ends: the same chat, encrypted, for friends; one sentence, and no harm to the chat, for everyone else."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import pathlib
+import random
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import mychatclient
+import mychatserver
+from tests import test_reference
+from tests.support import (
+    CLIENT,
+    LOOPBACK,
+    SECONDS,
+    SERVER,
+    Background,
+    Listener,
+    Peer,
+    Program,
+    Server,
+    Terminal,
+    TestCase,
+    as_heard,
+    eventually,
+    free_port,
+    home_made_server,
+    needs_command,
+    numbered_lines,
+)
+
+MB = 1_000_000
+GREETING = "Connected to chat server. Type 'exit' to leave."
+FAREWELL = "Disconnected from server"
+NEEDS_TLS = "* this server speaks TLS: join with mychatclient.py --tls"
+VERSIONS = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+HOSTS = "localhost", LOOPBACK
+trustme: Any = None
+with contextlib.suppress(ImportError):
+    trustme = importlib.import_module("trustme")
+folder = pathlib.Path()
+
+
+def setUpModule() -> None:
+    if not trustme and not shutil.which("openssl"):
+        raise unittest.SkipTest("needs trustme or openssl: install one of them")
+    global folder
+    folder = pathlib.Path(tempfile.mkdtemp())
+    make("good", 2, *HOSTS)
+    make("expired", -1, *HOSTS)
+    make("named", 2, "chat.example")
+
+
+def tearDownModule() -> None:
+    shutil.rmtree(folder)
+
+
+def make(name: str, days: int, *hosts: str) -> None:
+    """Make a certificate with its key, valid until so many days from now, and a file with the one to trust for it."""
+    pem, authority = folder / f"{name}.pem", folder / f"{name}.ca"
+    if trustme:
+        issuer = trustme.CA()
+        end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days)
+        issuer.issue_cert(*hosts, not_after=end).private_key_and_cert_chain_pem.write_to_path(pem)
+        issuer.cert_pem.write_to_path(authority)
+        return
+    alternatives = ",".join(f"{'IP' if host == LOOPBACK else 'DNS'}:{host}" for host in hosts)
+    (folder / "extensions").write_text(f"subjectAltName={alternatives}\n")
+    curve = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+    openssl(f"req -new {curve} -subj /CN=chat -keyout key -out request")
+    openssl(f"x509 -req -in request -signkey key -days {days} -extfile extensions -out {authority}")
+    pem.write_bytes((folder / "key").read_bytes() + authority.read_bytes())
+
+
+def openssl(arguments: str) -> None:
+    subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, timeout=SECONDS, capture_output=True)
+
+
+def pem(name: str) -> str:
+    return str(folder / f"{name}.pem")
+
+
+def trust(name: str = "good") -> str:
+    return str(folder / f"{name}.ca")
+
+
+def context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
+    """Return what trusts the good server, and speaks one version of TLS alone."""
+    result = ssl.create_default_context(cafile=trust())
+    if version:
+        result.minimum_version = result.maximum_version = version
+    return result
+
+
+class Secured(mychatclient.TlsSocket):
+    """The client's own socket, which two threads may use at a time, with a deadline."""
+
+    def _wait_for(self, event: int, deadline: float | None = None) -> None:
+        super()._wait_for(event, deadline or time.monotonic() + SECONDS)
+
+
+class TlsPeer(Peer):
+    """A peer behind TLS."""
+
+    def __init__(self, host: str, port: int, *, version: ssl.TLSVersion | None = None, **options: Any) -> None:
+        super().__init__(host, port, **options)
+        with contextlib.ExitStack() as unless_secure:
+            unless_secure.enter_context(self.socket)
+            secured = unless_secure.enter_context(Secured(self.socket, context(version), "localhost"))
+            secured.shake_hands()
+            unless_secure.pop_all()
+        self.socket = secured
+
+
+class TlsServer(Server):
+    """A server with TLS, whose peers have it too."""
+
+    def __init__(self, *options: str, name: str = "good") -> None:
+        super().__init__("--tls-cert", pem(name), *options)
+
+    def connect(self, host: str, **options: Any) -> Peer:
+        return TlsPeer(host, self.port, **options)
+
+
+def scripted(script: str, *command: str) -> tuple[str, ...]:
+    """Return the command of a program, this project's, in which ``script`` has changed something first."""
+    program, *arguments = command
+    module = pathlib.Path(program).stem
+    where = str(pathlib.Path(program).parent)
+    start = (
+        f"import sys\nsys.path.insert(0, {where!r})\n{script}\nimport {module}\nsys.exit({module}.main({arguments}))"
+    )
+    return sys.executable, "-c", start
+
+
+def client(port: int, *options: str, host: str = LOOPBACK) -> Program:
+    """Return a client in pipes."""
+    return Program(sys.executable, CLIENT, *options, host, str(port), keep_input=True)
+
+
+class Certificates(TestCase):
+    """What the server says of files that do not do, before it listens."""
+
+    def fails(self, *options: str, sentence: str, status: int = 1) -> None:
+        with Program(sys.executable, SERVER, "--port", "0", *options) as program:
+            self.assertEqual(program.wait(), status)
+            self.assertEqual(program.output, b"")
+            self.assertIn(sentence, program.errors())
+            self.assertTrue(status == 2 or program.errors().count("\n") == 1, program.errors())
+
+    def test_each_has_its_sentence(self) -> None:
+        text, damaged, key_alone = (str(folder / name) for name in ("text", "damaged", "key_alone"))
+        pathlib.Path(text).write_text("no PEM\n")
+        whole = pathlib.Path(pem("good")).read_text()
+        begin = whole.index("-----BEGIN CERTIFICATE")
+        pathlib.Path(damaged).write_text(whole[: begin + 60] + "AAAA" + whole[begin + 60 :])
+        pathlib.Path(key_alone).write_text(whole[:begin])
+        for options, sentence in (
+            (
+                ("--tls-cert", f"{text}.none"),
+                f"Cannot read {text}.none: No such file or directory; give --tls-cert a PEM",
+            ),
+            (
+                ("--tls-cert", pem("good"), "--tls-key", "none"),
+                "Cannot read none: No such file or directory; give --tls-key",
+            ),
+            (("--tls-cert", str(folder)), f"Cannot read {folder}: Is a directory; give --tls-cert a PEM file."),
+            (("--tls-cert", text), f"There is no certificate in {text}: give --tls-cert a PEM file that has one."),
+            (("--tls-cert", key_alone), f"There is no certificate in {key_alone}: "),
+            (
+                ("--tls-cert", trust()),
+                f"There is no private key in {trust()}: give --tls-cert a PEM file that has one.",
+            ),
+            (("--tls-cert", trust(), "--tls-key", text), f"There is no private key in {text}: give --tls-key a PEM"),
+            (("--tls-cert", damaged), f"Cannot use {damaged}: "),
+            (
+                ("--tls-cert", pem("good"), "--tls-key", pem("named")),
+                f"The key in {pem('named')} is not that of {pem('good')}: give the two together.",
+            ),
+        ):
+            with self.subTest(options=options):
+                self.fails(*options, sentence=sentence)
+
+    def test_a_key_without_a_certificate_is_told_as_usage(self) -> None:
+        self.fails("--tls-key", pem("good"), sentence="--tls-key is the key of a certificate", status=2)
+
+    @needs_command("openssl", "openssl")
+    def test_a_key_with_a_pass_phrase_is_not_asked_for(self) -> None:
+        """Not even on a terminal."""
+        openssl(f"pkey -in {pem('good')} -aes128 -passout pass:secret -out locked")
+        locked = str(folder / "locked")
+        with Terminal(sys.executable, SERVER, "--tls-cert", pem("good"), "--tls-key", locked) as terminal:
+            self.assertEqual(terminal.wait(), 1)
+            self.assertIn(f"The key in {locked} has a pass phrase", terminal.screen())
+            self.assertEqual(terminal.screen().count("\n"), 1)
+
+    def test_a_python_without_ssl(self) -> None:
+        """Has one sentence for who wants TLS, and needs none for who does not."""
+        script = "sys.modules['ssl'] = None"
+        for options in ((SERVER, "--port", "0", "--tls-cert", pem("good")), (CLIENT, "--tls")):
+            with Program(*scripted(script, *options)) as program:
+                self.assertEqual(program.wait(), 1)
+                self.assertRegex(program.errors(), r"^This Python has no ssl module, so no TLS: [^\n]*\n$")
+        with Program(*scripted(script, SERVER, "--port", "0")) as program:
+            port = int(program.line().rpartition(":")[2])
+            with Program(*scripted(script, CLIENT, LOOPBACK, str(port))) as other:
+                self.assertEqual(other.wait(), 0)
+
+    def test_without_tls_the_library_is_not_loaded(self) -> None:
+        for module in ("mychatserver", "mychatclient"):
+            check = f"import sys, {module}; sys.exit('ssl' in sys.modules)"
+            status = subprocess.run([sys.executable, "-c", check], cwd=pathlib.Path(SERVER).parent, timeout=SECONDS)
+            self.assertEqual(status.returncode, 0)
+
+    def test_the_join_line_has_the_option(self) -> None:
+        with TlsServer("--host", "0.0.0.0") as server:
+            self.assertRegex(server.line(), r"^Others join with: python mychatclient.py --tls \d|^No address was found")
+
+
+class Reference(test_reference.ReferenceConversation):
+    def test_the_reference_conversation(self) -> None:
+        """All is the same to the letter, on the server and on three screens."""
+        self.converse("--tls-ca", trust(), serving=("--tls-cert", pem("good")))
+
+
+class Trust(TestCase):
+    """Whom the client trusts: what is wrong, and what to do, is one sentence, and no word goes unencrypted."""
+
+    def fails(self, port: int, *options: str, sentence: str, host: str = LOOPBACK, status: int = 1) -> None:
+        with client(port, *options, host=host) as program:
+            self.assertEqual(program.wait(), status)
+            self.assertEqual(program.output, b"")
+            self.assertIn(sentence, program.errors())
+            self.assertTrue(status == 2 or program.errors().count("\n") == 1, program.errors())
+
+    def test_unknown_expired_or_of_another_name(self) -> None:
+        """Nobody of these is seen in the room."""
+        for name, options, sentence in (
+            ("good", ("--tls",), "is not trusted: give --tls-ca its PEM file, from whoever runs that server."),
+            ("good", ("--tls-ca", trust("named")), "is not trusted: give --tls-ca its PEM file"),
+            ("expired", ("--tls-ca", trust("expired")), "has expired: whoever runs that server has to make a new one."),
+            ("named", ("--tls-ca", trust("named")), "is for another name: join by a name or address that it has."),
+        ):
+            with self.subTest(name=name, options=options), TlsServer(name=name) as server:
+                where = f"The certificate of {LOOPBACK} port {server.port} "
+                self.fails(server.port, *options, sentence=where + sentence)
+                self.assertEqual(server.stop(), 0)
+                self.assertNotIn(b"New connection", server.output)
+
+    def test_by_name_and_with_the_version_that_both_have(self) -> None:
+        with TlsServer() as server, client(server.port, "--tls-ca", trust(), host="localhost") as program:
+            program.expect(GREETING)
+            for version in VERSIONS:
+                with server.peer(version=version) as peer:
+                    peer.say(f"{version}")
+                    program.expect("", f"{peer.label}:{version}")
+        self.assertEqual(mychatserver.tls_context(pem("good"), None).minimum_version, ssl.TLSVersion.TLSv1_2)
+        self.assertEqual(mychatclient.tls_context(trust()).minimum_version, ssl.TLSVersion.TLSv1_2)
+
+    def test_files_to_trust_that_do_not_do(self) -> None:
+        text = folder / "not_pem"
+        text.write_text("no PEM\n")
+        port = free_port()  # nobody is asked
+        self.fails(
+            port, "--tls-ca", "none", sentence="Cannot read none: No such file or directory; give --tls-ca a PEM"
+        )
+        self.fails(port, "--tls-ca", str(text), sentence=f"There is no certificate in {text}: give --tls-ca the PEM")
+
+    def test_through_ssh_it_is_one_encryption_too_many(self) -> None:
+        self.fails(1, "--tls", "--ssh", "box", sentence="--ssh encrypts already: leave --tls out", status=2)
+
+    def test_a_server_without_tls(self) -> None:
+        """This project's, and one that answers something else; neither is told a word."""
+        with Server() as server:
+            where = f"{LOOPBACK} port {server.port}"
+            self.fails(
+                server.port, "--tls", sentence=f"{where} ends the connection when asked for TLS: leave --tls out"
+            )
+            self.assertEqual(server.stop(), 0)
+
+        def serve(connection: socket.socket) -> None:
+            connection.sendall(b"220 mail.example ESMTP\r\n")
+            while connection.recv(1_000):
+                pass
+
+        with home_made_server(serve) as port:
+            self.fails(
+                port, "--tls", sentence=f"No TLS at {LOOPBACK} port {port}: leave --tls out, or give another port."
+            )
+
+    def test_a_server_that_says_nothing(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            while connection.recv(1_000):
+                pass
+
+        script = "import mychatclient; mychatclient.HANDSHAKE_SECONDS = 0.5"
+        with (
+            home_made_server(serve) as port,
+            Program(*scripted(script, CLIENT, "--tls", LOOPBACK, str(port))) as program,
+        ):
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(
+                program.errors(), rf"^No TLS from {LOOPBACK} port {port} in [^\n]*: leave --tls out[^\n]*\n$"
+            )
+
+    @needs_command("openssl", "openssl")
+    def test_the_readmes_command_makes_a_certificate_that_does(self) -> None:
+        readme = (pathlib.Path(SERVER).parent / "README.md").read_text()
+        (command,) = (line for line in readme.splitlines() if line.startswith("    openssl req "))
+        command = command.replace("chat.example.org", "localhost").replace("192.168.1.23", LOOPBACK)
+        subprocess.run(command, shell=True, cwd=folder, check=True, timeout=SECONDS, capture_output=True)
+        certificate, key = str(folder / "cert.pem"), str(folder / "key.pem")
+        with Server("--tls-cert", certificate, "--tls-key", key) as server:
+            for host in HOSTS:
+                with client(server.port, "--tls-ca", certificate, host=host) as program:
+                    program.expect(GREETING)
+                    program.end_input()
+                    self.assertEqual(program.wait(), 0)
+
+
+class Plain(TestCase):
+    """Who comes without TLS to a server that has it."""
+
+    def test_is_told_once_and_closed(self) -> None:
+        with TlsServer() as server, server.peer() as ann, server.peer() as bob:
+            for words in ("hello\n", "GET / HTTP/1.0\r\n\r\n", "\x15\x03"):
+                with Peer(LOOPBACK, server.port) as peer:
+                    peer.send(words)
+                    peer.expect(NEEDS_TLS)
+                    peer.expect_end()
+            with client(server.port) as program:
+                program.send(b"hello\n")
+                program.expect(GREETING, FAREWELL)
+                self.assertEqual(program.wait(), 1)
+                self.assertEqual(program.errors(), f"Connection lost: {mychatclient.NEEDS_TLS}\n")
+            bob.say("fence")
+            ann.expect(f"{bob.label}:fence")
+
+    def test_who_only_listens_is_told_too(self) -> None:
+        script = "import mychatserver; mychatserver.HANDSHAKE_SECONDS = 0.5"
+        with Program(*scripted(script, SERVER, "--port", "0", "--tls-cert", pem("good"))) as program:
+            port = int(program.line().rpartition(":")[2])
+            with Peer(LOOPBACK, port) as peer:
+                peer.expect(NEEDS_TLS)
+                peer.expect_end()
+
+
+def hello() -> bytes:
+    """Return what a client says first."""
+    received, output = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context().wrap_bio(received, output, server_hostname="localhost").do_handshake()
+    return output.read()
+
+
+class Handshakes(TestCase):
+    """Those that do not get through hold up nobody."""
+
+    def test_a_byte_at_a_time_by_a_hundred_while_the_chat_runs(self) -> None:
+        """The limit is one for the whole handshake, not for each byte."""
+        script = "import mychatserver; mychatserver.HANDSHAKE_SECONDS = 2.0"
+        text = hello()
+        with Program(*scripted(script, SERVER, "--quiet", "--port", "0", "--tls-cert", pem("good"))) as program:
+            port = int(program.line().rpartition(":")[2])
+            with TlsPeer(LOOPBACK, port) as ann, TlsPeer(LOOPBACK, port) as bob, contextlib.ExitStack() as stack:
+                program.line(), program.line()
+                left = [stack.enter_context(Peer(LOOPBACK, port)) for _ in range(100)]
+                for number in range(len(text)):
+                    for peer in list(left):
+                        try:
+                            peer.send(text[number : number + 1])
+                        except OSError:  # closed
+                            left.remove(peer)
+                    ann.say(f"{number}")
+                    bob.expect(f"{ann.label}:{number}")
+                    if not left:
+                        break
+                    time.sleep(0.1)  # the pace is what is tested
+                self.assertEqual(left, [])
+
+    def test_thousands_of_damaged_hellos(self) -> None:
+        """However it is damaged, the server goes on, and keeps nothing of it."""
+        dice = random.Random(8446)
+        whole = hello()
+        with TlsServer("--quiet") as server, server.peer() as ann, server.peer() as bob:
+            threads = server.threads() if sys.platform == "linux" else 0
+            for number in range(2_000):
+                damaged = bytearray(whole)
+                for _ in range(dice.choice((1, 1, 2, 5, 50))):
+                    damaged[dice.randrange(1 if number % 2 else 9, len(damaged))] = dice.randrange(256)
+                if number % 3 == 0:
+                    del damaged[dice.randrange(len(damaged)) :]
+                with Peer(LOOPBACK, server.port) as peer:
+                    peer.send(bytes(damaged))
+                    if number % 5:
+                        peer.half_close()
+                        peer.read_to_end()
+            ann.say("still here")
+            bob.expect(f"{ann.label}:still here")
+            if threads:
+                eventually(lambda: server.threads() == threads)
+
+    def test_garbage_behind_a_good_handshake(self) -> None:
+        """What was said before it is heard; it ends the connection of its sender alone, in mid-line as at a reset."""
+        for version in VERSIONS:
+            with self.subTest(version=version), TlsServer() as server, server.peer() as ann:
+                with server.peer(version=version) as bob:
+                    bob.send("before\nunfinished")
+                    ann.expect(f"{bob.label}:before")
+                    socket.socket.send(bob.socket, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
+                    with self.assertRaises(OSError):
+                        while bob.socket.recv(1_000):
+                            pass
+                server.expect(f"{bob.label}:before", "Connection closed")
+                with server.peer() as cid:
+                    cid.say("fence")
+                    ann.expect(f"{cid.label}:fence")
+
+    @needs_command("openssl", "openssl")
+    def test_new_keys_and_renegotiation_asked_for_by_openssl(self) -> None:
+        """New keys are made, as often as asked for, renegotiation is refused, and nobody else notices either."""
+        with TlsServer() as server, server.peer() as ann:
+            for version, letter, answer in (("-tls1_3", "K", "KEYUPDATE"), ("-tls1_2", "R", "RENEGOTIATING")):
+                command = ("openssl", "s_client", "-connect", f"{LOOPBACK}:{server.port}", version)
+                with Program(*command, keep_input=True) as program:
+                    label = server.line().rpartition(" ")[2].rstrip(")")
+                    for number in range(3):
+                        program.send(f"{number}\n".encode())
+                        ann.expect(f"{label}:{number}")
+                        server.expect(f"{label}:{number}")
+                        program.send(f"{letter}\n".encode())
+                        eventually(lambda: answer in (program.output.decode() + program.errors()).split("\n"))  # noqa: B023
+                        if letter == "R":
+                            break
+                        ann.say("hello")
+                        server.expect(f"{ann.label}:hello")
+                        eventually(lambda: program.output.endswith(f"{ann.label}:hello\n".encode()))
+                    program.end_input()
+                    server.expect("Connection closed")
+            with server.peer() as bob:
+                bob.say("still here")
+                ann.expect(f"{bob.label}:still here")
+
+
+class Flow(TestCase):
+    """Who pours, who is slow, who leaves: as without TLS."""
+
+    def setUp(self) -> None:
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.server = self.stack.enter_context(TlsServer("--quiet"))
+        self.background = Background()
+
+    def peer(self, **options: Any) -> Peer:
+        peer: Peer = self.stack.enter_context(self.server.peer(**options))
+        return peer
+
+    def test_twenty_talkers_line_by_line(self) -> None:
+        """Each hears every line of every other once, whole and in order; half of them speak TLS 1.2."""
+        count, talkers = 200, 20
+        peers = [self.peer(version=VERSIONS[number % 2]) for number in range(talkers)]
+        heard: list[list[bytes]] = [[] for _ in peers]
+
+        def talk(peer: Peer) -> None:
+            for number in range(count):
+                peer.say(f"{number}")
+
+        def listen(peer: Peer, lines: list[bytes]) -> None:
+            while len(lines) < count * (talkers - 1):
+                lines.append(peer.line())
+
+        for peer, lines in zip(peers, heard):
+            self.background.run(listen, peer, lines)
+            self.background.run(talk, peer)
+        self.background.join()
+        for peer, lines in zip(peers, heard):
+            for other in peers:
+                own = f"{other.label}:".encode()
+                numbers = [int(line[len(own) :]) for line in lines if line.startswith(own)]
+                self.assertEqual(numbers, [] if other is peer else list(range(count)))
+
+    def test_a_slow_reader_in_a_flood_loses_nothing_and_one_that_stops_is_let_go(self) -> None:
+        pourer, quick = self.peer(), self.peer()
+        slow, stopped = self.peer(receive_buffer=65_536), self.peer(receive_buffer=8_192)
+        before = self.server.memory() if sys.platform == "linux" else 0
+        lines = numbered_lines(150_000)
+        expected = as_heard(pourer.label, lines)
+        self.background.run(pourer.send, lines)
+        crawl = Listener(slow, self.background, 2 * MB, pace=400_000)
+        listener = Listener(quick, self.background, len(expected))
+        self.assertTrue(crawl.done.wait(SECONDS))
+        crawl.check(expected[: 2 * MB])
+        rest = Listener(slow, self.background, len(expected) - 2 * MB)
+        self.server.expect("Connection closed")
+        stopped.close()
+        if before:
+            self.assertLess(self.server.memory() - before, 40 * MB)
+        self.background.join()
+        rest.check(expected[2 * MB :])
+        listener.check(expected)
+
+    def test_a_half_close_with_much_on_its_way_both_ways(self) -> None:
+        """Who pours, then ends its side, is heard to its last line, and itself hears whole lines, and a clean end."""
+        lines = numbered_lines(100_000)  # more than all buffers hold
+        for version in VERSIONS:
+            with self.subTest(version=version):
+                ann, bob = (self.peer(version=version, receive_buffer=65_536) for _ in range(2))
+                self.background.run(bob.send, lines)
+                anns = Listener(bob, self.background, len(as_heard(ann.label, lines)))
+                bobs: list[bytes] = []
+
+                def hear(peer: Peer, parts: list[bytes]) -> None:
+                    while data := peer.socket.recv(65_536):  # raises at an end that is not TLS's
+                        parts.append(data)
+
+                self.background.run(hear, ann, bobs)
+                ann.send(lines)
+                ann.half_close()
+                self.background.join()
+                anns.check(as_heard(ann.label, lines))
+                heard = b"".join(bobs)
+                self.assertTrue(as_heard(bob.label, lines).startswith(heard) and heard.endswith(b"\n"), len(heard))
+                bob.close()  # or it would be a slow reader of what follows
+
+    def test_what_was_queued_for_one_who_leaves_arrives_and_then_the_end(self) -> None:
+        pourer, later = self.peer(), self.peer()
+        leaver = self.peer(receive_buffer=8_192)
+        lines = numbered_lines(30_000)
+        expected = as_heard(pourer.label, lines)
+        listener = Listener(later, self.background, len(expected))
+        self.background.run(pourer.send, lines)
+        self.assertTrue(listener.done.wait(SECONDS))
+        leaver.send(b"exit\n" + numbered_lines(5_000))
+        heard = b""
+        while data := leaver.socket.recv(65_536):
+            heard += data
+        self.assertTrue(heard == expected, len(heard))
+
+    def test_clients_in_pipes_go_at_full_speed(self) -> None:
+        """And show what still comes after the end of their own input."""
+        lines = numbered_lines(100_000)
+        receiver, sender = (self.stack.enter_context(client(self.server.port, "--tls-ca", trust())) for _ in range(2))
+        labels = {self.server.line().rpartition(" ")[2].rstrip(")") for _ in range(2)}
+        self.background.run(sender.send, lines)
+        shown = len(GREETING) + 1 + len(lines) + len("\n12345:") * 100_000
+        eventually(lambda: len(receiver.output) >= shown)
+        self.background.join()
+        wanted = [as_heard(label, lines).replace(b"\n", b"\n\n")[:-1] for label in labels]
+        self.assertTrue(receiver.output[len(GREETING) + 2 :] in wanted)
+        for program in (sender, receiver):
+            program.end_input()
+            self.assertEqual(program.wait(), 0)
+            self.assertTrue(program.output.endswith(f"\n{FAREWELL}\n".encode()))
+
+
+class Ends(TestCase):
+    """TLS has an end of its own: TCP's alone, which anyone on the way could send, is a lost connection."""
+
+    def test_truncation_at_the_server(self) -> None:
+        """What is not ended by the peer itself is not relayed, as at a reset; what is, is."""
+        with TlsServer() as server, server.peer() as ann:
+            for version in VERSIONS:
+                with server.peer(version=version) as bob:
+                    bob.send("whole\nunfinished")
+                    ann.expect(f"{bob.label}:whole")
+                    bob.socket.shutdown(socket.SHUT_RDWR)
+                with server.peer(version=version) as cid:
+                    cid.send("whole\nlast")
+                    cid.half_close()
+                    ann.expect(f"{cid.label}:whole", f"{cid.label}:last")
+                    self.assertEqual(cid.socket.recv(1), b"")
+
+    def serve(
+        self, version: ssl.TLSVersion, ends: Callable[[ssl.SSLSocket], object]
+    ) -> Callable[[socket.socket], None]:
+        """Return what speaks TLS as a server, says a line, hears another, and ends in that way."""
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(pem("good"))
+        tls.minimum_version = tls.maximum_version = version
+
+        def serve(connection: socket.socket) -> None:
+            with tls.wrap_socket(connection, server_side=True) as secured:
+                secured.sendall(b"1234:hello\n")
+                self.assertEqual(secured.recv(100), b"hello\n")
+                secured.sendall(b"1234:last\n")
+                ends(secured)
+
+        return serve
+
+    def test_truncation_at_the_client(self) -> None:
+        def say_end(secured: ssl.SSLSocket) -> None:
+            with contextlib.suppress(OSError):  # it waits for the client's own end, and is told that there is none
+                secured.unwrap()
+
+        for version in VERSIONS:
+            for ends, reason in (
+                (lambda secured: None, "it was cut off, without TLS's own end; check the network"),
+                (say_end, "the server closed the connection"),
+            ):
+                with (
+                    self.subTest(version=version, reason=reason),
+                    home_made_server(self.serve(version, ends)) as port,
+                    client(port, "--tls-ca", trust()) as program,
+                ):
+                    program.expect(GREETING, "", "1234:hello")
+                    program.send(b"hello\n")
+                    program.expect("", "1234:last", FAREWELL)
+                    self.assertEqual(program.wait(), 1)
+                    self.assertRegex(program.errors(), f"^Connection lost: {reason}[^\n]*\n$")
+
+    def test_when_a_send_fails_what_had_come_is_still_shown(self) -> None:
+        lines = b"1234:last\n" * 10_000
+
+        def ends(secured: ssl.SSLSocket) -> None:
+            secured.sendall(lines)
+            socket.socket.shutdown(secured, socket.SHUT_RDWR)
+
+        with home_made_server(self.serve(VERSIONS[1], ends)) as port, client(port, "--tls-ca", trust()) as program:
+            program.send(b"hello\n")
+            program.expect(GREETING, "", "1234:hello", "", "1234:last")
+            with contextlib.suppress(OSError):  # the client ends first, perhaps
+                while True:
+                    program.send(b"more\n" * 1_000)
+            self.assertEqual(program.wait(), 1)
+            self.assertEqual(program.output.count(b"1234:last\n"), 10_001)
+
+    def test_garbage_behind_a_line_is_a_lost_connection_and_the_line_is_shown(self) -> None:
+        def ends(secured: ssl.SSLSocket) -> None:
+            secured.sendall(b"1234:really\n")
+            socket.socket.send(secured, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
+
+        with home_made_server(self.serve(VERSIONS[1], ends)) as port, client(port, "--tls-ca", trust()) as program:
+            program.send(b"hello\n")
+            program.expect(GREETING, "", "1234:hello", "", "1234:last", "", "1234:really", FAREWELL)
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), "^Connection lost: [^\n]+\n$")
+
+    def test_what_comes_with_the_handshakes_end_is_shown_at_once(self) -> None:
+        """In TLS 1.2 a server ends the handshake, and may speak in the same packet."""
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(pem("good"))
+        tls.maximum_version = ssl.TLSVersion.TLSv1_2
+
+        def serve(connection: socket.socket) -> None:
+            received, output = ssl.MemoryBIO(), ssl.MemoryBIO()
+            server = tls.wrap_bio(received, output, server_side=True)
+            while True:
+                received.write(connection.recv(65_536))
+                try:
+                    server.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    connection.sendall(output.read())
+            server.write(b"1234:at once\n")
+            connection.sendall(output.read())
+            connection.recv(100)  # nothing more is said until the client has shown this
+
+        with home_made_server(serve) as port, client(port, "--tls-ca", trust()) as program:
+            program.expect(GREETING, "", "1234:at once")
+
+    def test_who_sends_and_closes_at_once_is_heard(self) -> None:
+        """Nothing of the handshake is left for it to read, or its close would be a reset, and undo what it has sent."""
+        lines = numbered_lines(2_000)
+        with TlsServer("--quiet") as server, server.peer() as ann:
+            for _ in range(20):
+                with TlsPeer(LOOPBACK, server.port) as peer:
+                    peer.send(lines)
+                    peer.half_close()
+                ann.expect(*as_heard(peer.label, lines).split(b"\n")[:-1])
+
+    def test_a_stop_is_a_clean_end(self) -> None:
+        with TlsServer() as server, server.peer() as ann:
+            ann.say("last")
+            server.expect(f"{ann.label}:last")
+            server.process.terminate()
+            self.assertEqual(ann.socket.recv(1), b"")
+            ann.close()
+            self.assertEqual(server.wait(), 0)
+
+    @unittest.skipIf(sys.platform == "win32", "needs pseudo-terminals")
+    def test_a_client_in_a_terminal_comes_back(self) -> None:
+        """A quiet server lets it in: that it says nothing is no reason to wait."""
+        port = free_port()
+        command = (sys.executable, CLIENT, "--no-color", "--reconnect", "--name", "ann", "--tls-ca", trust())
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(TlsServer("--port", str(port)))
+            terminal = stack.enter_context(Terminal(*command, LOOPBACK, str(port)))
+            terminal.wait_for("is now ann\n")
+            terminal.type("half")
+            eventually(lambda: terminal.drawn().endswith("half"))
+            server.process.kill()
+            server.process.wait()
+            terminal.wait_for("\n* connection lost, trying again\nhalf")
+            server = stack.enter_context(TlsServer("--port", str(port)))
+            terminal.wait_for("* connected again\n", within=True)
+            terminal.wait_for(" is now ann\nhalf")
+            with server.peer() as bob:
+                terminal.type(" done\r")
+                bob.expect("ann:half done")
+            terminal.type("exit\r")
+            self.assertEqual(terminal.wait(), 0)
+
+
+class Between(TestCase):
+    """A server's client alone, at the other end of whose connection is the test: moments that are hard to meet."""
+
+    def setUp(self) -> None:
+        self.watched: list[mychatserver.Client] = []
+        background = Background()
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            peers: list[TlsPeer] = []
+            port = listener.getsockname()[1]
+            background.run(lambda: peers.append(TlsPeer(LOOPBACK, port, receive_buffer=8_192)))
+            sock, address = listener.accept()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_192)
+        tls = mychatserver.tls_context(pem("good"), None)
+        self.client = mychatserver.TlsClient(tls, sock, address, self.watched.append)
+        self.addCleanup(self.client.close)
+        self.client.prepare()
+        background.join()
+        (self.peer,) = peers
+        self.addCleanup(self.peer.close)
+
+    @contextlib.contextmanager
+    def full(self) -> Any:
+        """Have the socket take nothing."""
+        with mock.patch.object(mychatserver.Client, "_send", return_value=0):
+            yield
+
+    def test_the_end_waits_for_the_socket(self) -> None:
+        with self.full():
+            self.client.finish()
+            self.assertGreater(self.client.flush(), 0)
+        self.assertEqual(self.client.flush(), 0)
+        self.assertEqual(self.peer.socket.recv(1), b"")
+
+    def test_an_answer_of_tls_itself_waits_for_the_socket_and_goes_before_what_is_given(self) -> None:
+        """It makes the client one that has a backlog, so that the server thread sees to it."""
+        said = b"answer"
+        with self.full():
+            self.client._tls.write(said)  # stands for it
+            self.peer.say("hello")
+            self.assertEqual(self.client.recv(100), b"hello\n")
+            self.assertEqual(self.watched, [self.client])
+            self.client.give([memoryview(b" and "), memoryview(b"more")])
+        self.assertEqual(self.client.flush(), 0)
+        self.client.finish()
+        self.assertEqual(self.peer.read_to_end(), b"answer and more")
+
+    def test_who_has_tls_answer_and_does_not_read_is_let_go(self) -> None:
+        with self.full():
+            self.client._tls.write(bytes(mychatserver.TLS_OUTPUT_BYTES))
+            self.peer.say("hello")
+            self.client.recv(100)
+            self.assertTrue(self.client.ended)
+
+    def test_who_sends_much_without_any_text_in_it_is_let_go(self) -> None:
+        """Such as new keys without end, which cost more than text does; half of a record counts alike."""
+        socket.socket.send(self.peer.socket, b"\x17\x03\x03\x40\x00" + bytes(1_000))
+        socket.socket.shutdown(self.peer.socket, socket.SHUT_WR)
+        with mock.patch.object(mychatserver, "TLS_SILENT_BYTES", 1_000), self.assertRaises(ConnectionResetError):
+            self.client.recv(100)
+        self.assertTrue(self.client.ended)
+
+    def test_a_peer_that_is_gone_in_the_middle_of_its_backlog(self) -> None:
+        calls = []
+
+        def dies(client: mychatserver.Client, pieces: Sequence[memoryview]) -> int:
+            calls.append(pieces)
+            if len(calls) == 1:
+                return sum(map(len, pieces))
+            client._give_up(mychatserver.LOST)
+            return 0
+
+        with self.full():
+            self.client.give([memoryview(bytes(200_000))])
+        with mock.patch.object(mychatserver.Client, "_send", dies):
+            self.assertEqual(self.client.flush(), 0)
+        self.assertEqual(self.client.give([memoryview(b"more")]), 0)
+
+    def test_text_before_garbage_is_read(self) -> None:
+        self.peer.say("before")
+        socket.socket.send(self.peer.socket, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
+        self.assertEqual(self.client.recv(100), b"before\n")
+        with self.assertRaises(OSError):
+            self.client.recv(100)
+
+    def test_the_floor_counts_ciphertext(self) -> None:
+        """Who takes a little of a piece in thirty seconds is not who takes nothing."""
+        self.client.give([memoryview(bytes(65_536))])
+        self.assertEqual(self.client.behind, 65_536)
+        self.client.under_floor(late=False)
+        taken = 0
+        while taken < 20_000:
+            with contextlib.suppress(BlockingIOError):
+                taken += len(socket.socket.recv(self.peer.socket, 1_000))
+            self.client.flush()
+        self.assertEqual(self.client.behind, 65_536)
+        notes = [self.client.under_floor(late=False) for _ in range(mychatserver.STALL_SECONDS + 1)]
+        self.assertEqual(notes, [False] * mychatserver.STALL_SECONDS + [True])
+
+    def test_text_that_is_decrypted_already_is_input(self) -> None:
+        self.peer.send(bytes(20_000))
+        self.assertEqual(len(self.client.recv(1)), 1)
+        self.assertTrue(self.client.has_input(0.0))
+        count = 1
+        while count < 20_000:
+            count += len(self.client.recv(20_000))
+        self.assertFalse(self.client.has_input(0.0))
