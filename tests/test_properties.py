@@ -369,5 +369,5 @@ class Model(RuleBasedStateMachine):
         assert list(room._clients.values()) == self.here or set(room._clients.values()) == set(self.here)
 
 
-Model.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
+Model.TestCase.settings = settings(max_examples=400, stateful_step_count=50)
 Room = Model.TestCase
