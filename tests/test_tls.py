@@ -566,6 +566,51 @@ class Flow(TestCase):
             self.assertTrue(program.output.endswith(f"\n{FAREWELL}\n".encode()))
 
 
+class Locked(TestCase):
+    """With a password, and with the places of those who have not finished the handshake."""
+
+    def test_the_password_is_asked_for_inside(self) -> None:
+        (folder / "password").write_text("secret\n")
+        (folder / "wrong").write_text("wrong\n")
+        known = ("--tls-ca", trust(), "--password-file")
+        with TlsServer("--password-file", str(folder / "password")) as server:
+            with client(server.port, *known, str(folder / "wrong")) as program:
+                self.assertEqual((program.wait(), program.output), (1, b""))
+                self.assertIn("Wrong password: ", program.errors())
+            with client(server.port, *known[:2]) as program:
+                self.assertEqual(program.wait(), 1)
+                self.assertIn("the server asks for a password", program.errors())
+            with client(server.port, *known, str(folder / "password")) as ann:
+                ann.expect(GREETING)
+                with client(server.port, *known, str(folder / "password")) as bob:
+                    bob.send(b"x" * 60_000 + b"\n" + b"Hi!\n" * 1_000)
+                    bob.end_input()
+                    self.assertEqual(bob.wait(), 0)
+                    self.assertEqual(bob.output.decode(), f"{GREETING}\n{FAREWELL}\n")
+                for text in ("x" * 60_000, *(["Hi!"] * 1_000)):
+                    ann.expect("")
+                    self.assertEqual(ann.line().partition(":")[2], text)
+        with TlsServer() as server, client(server.port, *known, str(folder / "password")) as program:
+            program.expect(GREETING, "", mychatclient.NOT_ASKED)
+
+    def test_who_finds_no_place_for_the_handshake_is_turned_away(self) -> None:
+        code = f"import mychatserver as m; m.WAITING_MAX = 9, 1; m.main(['--port', '0', '--tls-cert', {pem('good')!r}])"
+        with Program(sys.executable, "-c", code) as server:
+            port = int(server.line().rpartition(":")[2])
+            with Peer(LOOPBACK, port) as silent:
+                silent.send(hello()[:9])
+
+                def turned_away() -> bool:  # as soon as the server has seen the first
+                    with client(port, "--tls-ca", trust()) as program:
+                        program.end_input()
+                        refused: bool = program.wait() == 1
+                        self.assertEqual(refused, "The server has turned this client away" in program.errors())
+                        return refused
+
+                self.assertTrue(eventually(turned_away))
+            eventually(lambda: not turned_away())
+
+
 class Ends(TestCase):
     """TLS has an end of its own: TCP's alone, which anyone on the way could send, is a lost connection."""
 

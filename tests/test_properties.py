@@ -1,0 +1,373 @@
+"""What holds for whatever is put in, looked for by hypothesis, of the dev extra."""
+
+from __future__ import annotations
+
+import socket
+import unicodedata
+import unittest
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+from unittest import mock
+
+try:
+    from hypothesis import example, given, settings
+    from hypothesis import strategies as st
+    from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+except ImportError:
+    raise unittest.SkipTest("needs hypothesis: pip install -e '.[dev]'") from None
+
+import mychatclient
+import mychatserver
+from mychatserver import Framer, clean, folded, labelled, name_problem, spoken
+
+# No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
+settings.register_profile("mychat", deadline=None, database=None, print_blob=True)
+settings.load_profile("mychat")
+
+# Bytes in which what is looked for is not rare.
+STREAMS = st.lists(
+    st.sampled_from(
+        [b"\n", b"\r", b"\0", b"\xff", b"\xfb", b"\xf4", b"a", b" ", b"\t", b"exit", b"/", b"/who", b"\xc3", b"\xa9"]
+    )
+    | st.binary(max_size=3)
+).map(b"".join)
+TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]) | st.sampled_from("\u2028\u202e\x1b\x85\r\0\t :*/"))
+FORBIDDEN = {*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)} - {9, 10}
+
+
+def reference_lines(stream: bytes) -> list[bytes]:
+    """Return the lines of a stream, as plainly as the rule can be said."""
+    for end in (b"\r\n", b"\r\0"):
+        stream = stream.replace(end, b"\n")
+    *lines, unfinished = stream.split(b"\n")
+    return [*lines, unfinished] if unfinished else lines
+
+
+def cut(stream: bytes, cuts: list[int]) -> list[bytes]:
+    places = [0, *sorted(place % (len(stream) + 1) for place in cuts), len(stream)]
+    return [stream[start:end] for start, end in zip(places, places[1:])]
+
+
+class Lines(unittest.TestCase):
+    @given(STREAMS, st.lists(st.integers(0, 1_000)))
+    def test_however_bytes_are_cut_the_same_lines_come(self, stream: bytes, cuts: list[int]) -> None:
+        framer = Framer()
+        blocks = [framer.feed(piece)[0] for piece in cut(stream, cuts)]
+        self.assertEqual(b"".join(blocks) + framer.rest(), b"".join(line + b"\n" for line in reference_lines(stream)))
+
+    @given(STREAMS, st.lists(st.integers(0, 1_000)), st.integers(1, 12))
+    def test_lines_over_a_limit_are_left_out_and_told_of_once_each(
+        self, stream: bytes, cuts: list[int], limit: int
+    ) -> None:
+        with mock.patch.object(mychatserver, "MAX_LINE_BYTES", limit):
+            framer = Framer()
+            fed = [
+                framer.feed(part) for piece in cut(stream, cuts) for part in cut(piece, [*range(0, len(piece), limit)])
+            ]
+        block = b"".join(block for block, _ in fed) + framer.rest()
+        lines = reference_lines(stream)
+        self.assertEqual(block, b"".join(line + b"\n" for line in lines if len(line) <= limit))
+        self.assertEqual(sum(told for _, told in fed), sum(len(line) > limit for line in lines))
+
+    @given(STREAMS)
+    def test_cleaning_twice_changes_nothing_grows_threefold_at_most_and_keeps_the_lines(self, stream: bytes) -> None:
+        once = clean(stream)
+        self.assertEqual(clean(once), once)
+        self.assertLessEqual(len(once), 3 * len(stream))
+        self.assertEqual(once.count(b"\n"), stream.count(b"\n"))
+        self.assertFalse(FORBIDDEN & {ord(character) for character in once.decode()})
+
+    @given(TEXTS)
+    def test_good_characters_pass_and_each_forbidden_one_is_replaced(self, text: str) -> None:
+        expected = "".join("\ufffd" if ord(character) in FORBIDDEN else character for character in text)
+        self.assertEqual(clean(text.encode()).decode(), expected)
+
+    @given(STREAMS)
+    def test_what_is_spoken_is_the_lines_but_blank_ones_and_commands_up_to_exit(self, stream: bytes) -> None:
+        expected: list[tuple[str, bytes]] = []
+        for line in clean(stream + b"\n").split(b"\n")[:-1]:
+            word = line.replace(b"\t", b" ").split(b" ")[0]
+            if line.strip(b" \t") == b"exit":
+                expected.append(("leaves", b""))
+                break
+            if word[:1] == b"/" and word[1:].isalpha() and word[1:].islower() and word.isascii():
+                expected.append(("commands", line))
+            elif word[:2] == b"//" and word[2:].isalpha() and word[2:].islower() and word.isascii():
+                expected.append(("says", line[1:]))
+            elif line.strip(b" \t"):
+                expected.append(("says", line))
+        found: list[tuple[str, bytes]] = []
+        for lines, command in spoken(stream + b"\n"):
+            found += [("says", line) for line in lines.split(b"\n")[:-1]]
+            if command == "/quit" and len(found) + 1 == len(expected) and expected[-1][0] == "leaves":
+                found.append(("leaves", b""))
+            elif command:
+                found.append(("commands", command.encode()))
+        self.assertEqual(found, expected)
+
+    @given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b".")), min_size=1), st.integers(1, 60))
+    def test_portions_are_whole_lines_with_a_label_each_and_nothing_is_left_out(
+        self, lines: list[bytes], size: int
+    ) -> None:
+        rest, portions = b"".join(line + b"\n" for line in lines), []
+        while rest:
+            portion, rest = labelled("54358", rest, size)
+            self.assertTrue(len(portion) <= size or portion.count(b"\n") == 1)
+            portions.append(portion)
+        self.assertEqual(b"".join(portions), b"".join(b"54358:" + line + b"\n" for line in lines))
+
+
+class Names(unittest.TestCase):
+    @given(TEXTS)
+    def test_a_name_can_be_taken_for_nothing_else(self, text: str) -> None:
+        name = unicodedata.normalize("NFKC", text)
+        if not name_problem(name):
+            self.assertTrue(name[0].isalpha() and 1 <= len(name) <= 24)
+            self.assertFalse(set(name) & set(" \t\n:*@/'\","))
+            self.assertEqual(clean(f"{name}\n".encode()).decode(), f"{name}\n")
+            self.assertEqual(name_problem(folded(name)[:24]), "")
+
+    @given(TEXTS)
+    def test_two_are_the_same_in_any_case_and_form(self, text: str) -> None:
+        text = text[:24]
+        for form in ("NFC", "NFD", "NFKC", "NFKD"):
+            self.assertEqual(folded(unicodedata.normalize(form, text)), folded(text))
+        self.assertEqual(folded(folded(text)), folded(text))
+
+
+class Discovery(unittest.TestCase):
+    def setUp(self) -> None:
+        self.sock = mock.Mock(spec=socket.socket)
+
+    @given(
+        st.binary(max_size=200) | st.binary(max_size=3).map(lambda end: b"mychat?1 0123456789abcdef" + end.ljust(103))
+    )
+    @example(b"mychat?1 0123456789abcdef".ljust(128))
+    def test_only_a_question_gets_an_answer_and_that_is_shorter(self, data: bytes) -> None:
+        self.sock.reset_mock()
+        with mock.patch("socket.socket", return_value=self.sock):
+            discovery = mychatserver.Discovery(54_321)
+        self.sock.recvfrom.side_effect = [(data, ("10.0.0.1", 9)), BlockingIOError]
+        discovery.answer()
+        answers = [call.args for call in self.sock.sendto.call_args_list]
+        if (
+            len(data) == 128
+            and data.rstrip(b" ") == data[:25]
+            and data.startswith(b"mychat?1 ")
+            and data[9:25].isalnum()
+        ):
+            self.assertEqual([asker for _, asker in answers], [("10.0.0.1", 9)])
+            self.assertRegex(answers[0][0], rb"^mychat!1 %s [0-9a-f]{16} 54321 [0-9A-Za-z.-]+$" % data[9:25])
+            self.assertLess(len(answers[0][0]), len(data))
+        else:
+            self.assertEqual(answers, [])
+
+    @given(st.binary(max_size=200) | st.from_regex(rb"\Amychat!1 [0-9a]{16} [0-9b]{16} [0-9]{1,6} [a-z.\x1b ]{1,70}\Z"))
+    @example(b"mychat!1 aaaaaaaaaaaaaaaa bbbbbbbbbbbbbbbb 12000 host")
+    def test_whatever_answers_what_is_shown_of_it_is_safe(self, data: bytes) -> None:
+        self.sock.recvfrom.side_effect = [(data, ("10.0.0.1", 9))] + [TimeoutError] * 9
+        moments = iter(range(1_000))
+        with (
+            mock.patch("socket.socket", return_value=mock.MagicMock(__enter__=lambda _: self.sock)),
+            mock.patch.object(mychatclient, "ASK_SECONDS", 2),
+            mock.patch.object(mychatclient, "ask"),
+            mock.patch("time.monotonic", lambda: next(moments)),
+            mock.patch("secrets.token_hex", return_value="a" * 16),
+        ):
+            for name, host, port in mychatclient.find_servers():
+                self.assertRegex(name, r"^[0-9A-Za-z.-]{1,63}$")
+                self.assertEqual(host, "10.0.0.1")
+                self.assertIn(port, range(1, 65_536))
+                self.assertTrue(data.startswith(b"mychat!1 aaaaaaaaaaaaaaaa "))
+
+
+class Console:
+    """A console that shows nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
+class Connection(mychatserver.Client):
+    """A client whose connection takes as many bytes as the test says."""
+
+    takes = 0
+    heard = b""
+
+    def _send(self, pieces: Sequence[memoryview]) -> int:
+        data = b"".join(pieces)[: self.takes]
+        self.takes -= len(data)
+        self.heard += data
+        return len(data)
+
+    def _shut(self, how: int) -> None:
+        pass
+
+
+PEOPLE = st.integers(0, 9)
+WORDS = st.sampled_from(["ann", "Ann", "bob", "Zoë", "zoë", "1a", "you", "x" * 25, "a b", "nobody", "54358"])
+
+
+class Model(RuleBasedStateMachine):
+    """The room beside plain Python: one list of those who are here, and what each of them is to have heard.
+
+    One thread does in turn what the handlers do, so that it is known what comes next. A late client is not read: it
+    says nothing here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = mock.patch.multiple(mychatserver, LATE_BYTES=200, ON_TIME_BYTES=100, FLUSH_BYTES=50)
+        self.small.start()
+        self.room = mychatserver.Room(cast(Any, Console()), quiet=True, announce=True, history=5)
+        self.room._wait_on_time = lambda client: None  # type: ignore[method-assign]  # in which nobody else would run
+        self.here: list[Connection] = []
+        self.expected: dict[Connection, str] = {}
+        self.said: list[str] = []  # by anybody, to all
+        self.wrote: dict[Connection, Connection] = {}  # to each, privately, last
+
+    def teardown(self) -> None:
+        self.small.stop()
+
+    def person(self, number: int) -> Connection | None:
+        """Return somebody who is here, and not late."""
+        able = [client for client in self.here if client not in self.room._late]
+        return able[number % len(able)] if able else None
+
+    def tell(self, clients: Iterable[Connection], *lines: str) -> None:
+        for client in clients:
+            self.expected[client] += "".join(f"{line}\n" for line in lines)
+
+    def others(self, client: Connection) -> list[Connection]:
+        return [other for other in self.here if other is not client]
+
+    def who(self, client: Connection) -> str:
+        names = (other.label + (" (you)" if other is client else "") for other in self.here)
+        return f"* {len(self.here)} here: {', '.join(names)}"
+
+    @rule(port=st.sampled_from([54_358, 54_383, 1]), takes=st.sampled_from([0, 30, 1 << 30]))
+    def join(self, port: int, takes: int) -> None:
+        client = Connection(cast(Any, None), ("10.0.0.1", port), lambda _: None)
+        client.takes = takes
+        labels = {other.label for other in self.here}
+        label = next(label for label in (str(port), *(f"{port}-{n}" for n in range(2, 99))) if label not in labels)
+        self.here.append(client)
+        self.expected[client] = ""
+        self.room.join(client)
+        assert client.label == label
+        last = self.said[-5:]
+        heading = [f"* the last {len(last)} lines:" if len(last) > 1 else "* the last line:"] if last else []
+        self.tell([client], self.who(client), *heading, *last, *(["* live from here"] if last else []))
+        self.tell(self.others(client), f"* {label} joined")
+
+    @rule(number=PEOPLE)
+    def leave(self, number: int) -> None:
+        if self.here:
+            self.take_out(self.here[number % len(self.here)])
+
+    @rule(number=PEOPLE)
+    def let_go(self, number: int) -> None:
+        if self.here:
+            client = self.here[number % len(self.here)]
+            self.room.end(client)
+            self.take_out(client)
+            assert client.behind == 0
+
+    def take_out(self, client: Connection) -> None:
+        self.room.leave(client)
+        self.room.leave(client)  # which may be repeated
+        self.here.remove(client)
+        del self.expected[client]
+        self.tell(self.here, f"* {client.label} left")
+
+    @rule(number=PEOPLE, lines=st.lists(st.sampled_from(["Hi!", "a" * 40, "* x", "ann:no"]), min_size=1, max_size=4))
+    def say(self, number: int, lines: list[str]) -> None:
+        client = self.person(number)
+        if client:
+            self.room.relay(client, "".join(f"{line}\n" for line in lines).encode())
+            spoken = [f"{client.label}:{line}" for line in lines]
+            self.said += spoken
+            self.tell(self.others(client), *spoken)
+
+    @rule(number=PEOPLE, name=WORDS)
+    def rename(self, number: int, name: str) -> None:
+        client = self.person(number)
+        if not client:
+            return
+        old, folded_name = client.label, name.casefold()
+        mychatserver.obey(self.room, client, f"/nick {name}")
+        if name in ("1a", "you", "x" * 25, "a b", "54358"):
+            reason = {
+                "you": "it is reserved",
+                "x" * 25: "24 characters at most",
+                "a b": "letters, digits, _, - and . only",
+            }
+            self.tell([client], f"* not a name: '{name}': {reason.get(name, 'it must begin with a letter')}")
+        elif any(other.label.casefold() == folded_name for other in self.others(client)):
+            self.tell([client], f"* name '{name}' is taken")
+        elif name != old:
+            assert client.label == name
+            self.tell(self.here, f"* {old} is now {name}")
+
+    @rule(number=PEOPLE, name=WORDS)
+    def write(self, number: int, name: str) -> None:
+        client = self.person(number)
+        if client and " " not in name:
+            mychatserver.obey(self.room, client, f"/msg {name} psst")
+            found = [other for other in self.here if other.label.casefold() == name.casefold()]
+            self.tell(found, f"* {client.label} to you: psst")
+            self.wrote.update((other, client) for other in found)
+            if not found:
+                self.tell([client], f"* nobody here is called '{name}'")
+
+    @rule(number=PEOPLE)
+    def answer(self, number: int) -> None:
+        client = self.person(number)
+        if client:
+            mychatserver.obey(self.room, client, "/r yes")
+            to = self.wrote.get(client)
+            if to in self.here:
+                self.tell([to], f"* {client.label} to you: yes")
+                self.wrote[to] = client
+            else:
+                self.tell([client], "* who wrote to you has left" if to else "* nobody has written to you privately")
+
+    @rule(number=PEOPLE)
+    def ask_who(self, number: int) -> None:
+        client = self.person(number)
+        if client:
+            self.room.who(client)
+            self.tell([client], self.who(client))
+
+    @rule(number=PEOPLE, takes=st.sampled_from([1, 60, 150, 1 << 30]))
+    def take(self, number: int, takes: int) -> None:
+        if self.here:
+            client = self.here[number % len(self.here)]
+            client.takes = takes
+            while client.takes and client.flush():
+                pass
+            assert self.room.is_late(client) == (client in self.room._late)
+
+    @invariant()
+    def everyone_has_heard_all_in_order_or_will(self) -> None:
+        for client, expected in self.expected.items():
+            assert client.heard + b"".join(client._backlog) == expected.encode()
+            assert client.behind == sum(map(len, client._backlog))
+
+    @invariant()
+    def who_is_late_has_a_backlog_and_is_here(self) -> None:
+        assert self.room._late <= set(self.here)
+        for client in self.here:
+            assert client.behind <= 200 or client in self.room._late
+            assert client not in self.room._late or client.behind >= 100
+
+    @invariant()
+    def nothing_is_left_over(self) -> None:
+        room = self.room
+        assert not (room._queue or room._queue_bytes or room._queued or room._waiters)
+        assert room._members == self.here
+        assert list(room._clients.values()) == self.here or set(room._clients.values()) == set(self.here)
+
+
+Model.TestCase.settings = settings(max_examples=400, stateful_step_count=50)
+Room = Model.TestCase
