@@ -40,7 +40,6 @@ import sys
 import threading
 import time
 import unicodedata
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,13 +56,15 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 12000
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
-REFUSALS = b"* server full", b"* server stopping", b"* too many from your address"
+REFUSALS = b"* server full", b"* server stopping", b"* too many"
 TURNED_AWAY = "the server has turned this client away; try again later."
 NEEDS_TLS = "that server speaks TLS; join it with --tls, or with --tls-ca and its certificate."
 SERVER_CLOSED = "the server closed the connection; try again later."
 
 QUESTION = b"* password?\n"
 NOT_ASKED = "* the server asked for no password"
+TOO_EARLY = "* what you entered before the password was not sent"
+ASKED_LATE = "the server asked for the password later than a client waits for that; try again later."
 UNANSWERED = "the server asks for a password: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
 
 CONNECT_SECONDS = 10.0  # for all addresses of a name together
@@ -383,14 +384,11 @@ if sys.platform != "win32":
             return text
 
         def secret(self) -> bytes:
-            prepared, self._prepared = self._prepared, [*self._as_it_was]
-            self._prepared[3] &= ~termios.ECHO  # also when it is ours again after Ctrl-Z
             self.close()
             try:
                 return super().secret()
             finally:
-                self._prepared = prepared
-                self._set_terminal(prepared)
+                self._set_terminal(self._prepared)
 
         def leave_line(self, ctrl_c: bool) -> None:
             if self._half_typed():
@@ -646,10 +644,18 @@ def received(sock: socket.socket) -> Iterator[bytes]:
             silence = SILENCE_SECONDS if unfinished else None
 
 
-def read_line(sock: socket.socket) -> bytes:
-    """Read a line and no further; return what there is of it if it is far too long, or at end-of-file. Blocks."""
+def read_line(sock: socket.socket, deadline: float | None = None) -> bytes:
+    """Read a line and no further; return what there is of it if it is far too long, or at end-of-file.
+
+    Blocks; with a deadline, only until then, and raises a time-out, an OSError.
+    """
     line = b""
-    while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and (byte := sock.recv(1)):
+    while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
+        if deadline is not None:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+        byte = sock.recv(1)
+        if not byte:
+            break
         line += byte
     return line
 
@@ -740,6 +746,7 @@ class Conversation:
         self._done_waiting = threading.Event()
         self._awake = threading.Event()
         self._interrupting = False  # in the handler: an Event must not be set in the middle of its being set
+        self._entered = 0  # lines, before the server has asked for the password: it takes them for tries
         self._leaving = False  # so that the server's end-of-file is no surprise
         self._over = threading.Event()  # no use in connecting again
         # Set by either.
@@ -763,7 +770,7 @@ class Conversation:
             signal.signal(signal.SIGURG, self._on_interrupt)  # nobody sends it but this program itself
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._screen.say(GREETING)
-        if self._password.known and not self._password.was_asked:
+        if self._password.is_needless:
             self._screen.notice(NOT_ASKED)
         self._ask_for_name()
         self._talk()
@@ -801,19 +808,26 @@ class Conversation:
             return False
         self._password_is_due = self._turned_away = self._received_all = False
         self._problem = None
+        if self._leaving:
+            return False
         self._done_waiting.clear()
         self._waiting = True
         try:
             self._password.known = self._password.known or self._screen.secret()
-            self._password.answer(self._sock)
+            self._password.answer(self._sock, self._entered)
+            if self._entered:
+                self._screen.notice(TOO_EARLY)
             return True
-        except (NotConnected, WrongPassword) as error:
+        except WrongPassword as error:
             self._problem = str(error)
-        except OSError as error:
-            self._problem = lost(error)
+        except (NotConnected, OSError) as error:
+            if self._connect_again:  # the receive thread finds it lost too, and connects with what is known now
+                return True
+            self._problem = lost(error) if isinstance(error, OSError) else str(error)
         except (EOFError, Interrupted):  # the person leaves
             pass
         finally:
+            self._entered = 0
             self._waiting = False
             self._done_waiting.set()
         return False
@@ -822,6 +836,7 @@ class Conversation:
         try:
             for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
                 self._leaving = is_exit
+                self._entered += not is_exit
                 if self._send(data) and data.startswith(b"/nick "):
                     self._name = data[6:106].decode("utf-8", "replace").strip()  # more is no name
                     self._screen.people.asked_for = self._name
@@ -891,11 +906,11 @@ class Conversation:
         refused, begun = False, time.monotonic()
         try:
             for number, block in enumerate(lines_to_show(received(self._sock))):
-                if number == 0 and block.startswith(QUESTION):
+                if number == 0 and block.startswith(QUESTION) and not self._password.was_asked:
                     self._password_is_due = self._turned_away = True
                     if not can_ask():
                         self._sock.shutdown(socket.SHUT_WR)  # or what is in the pipe would be taken for tries
-                    return UNANSWERED
+                    return ASKED_LATE if self._password.known else UNANSWERED
                 refused = number == 0 and block.startswith(REFUSALS)
                 self._screen.show(block)
                 if self._screen.gone:
@@ -1002,45 +1017,57 @@ class Password:
 
     def __init__(self, known: bytes) -> None:
         self.known = known
-        self.was_asked = False
+        self.was_asked = False  # on this connection: a question that comes later is none
+        self.is_needless = False  # it is known, and this server did not ask
 
     def enter(self, sock: socket.socket) -> None:
         """If there is a password, wait for the server to ask for it, and give it. Nothing else is said meanwhile.
 
         Blocks QUESTION_SECONDS when the server does not ask. Raises like ``answer``.
         """
+        self.was_asked = False
         if self.known:
-            self.was_asked = asks_for_password(sock)
-            if self.was_asked:
+            beginning = first_bytes(sock)
+            self.is_needless = not beginning.startswith((QUESTION, *REFUSALS))
+            if beginning.startswith(QUESTION):
+                read_line(sock)
                 self.answer(sock)
 
-    def answer(self, sock: socket.socket) -> None:
-        """Give the password. Blocks until the server takes it; raises WrongPassword, NotConnected or OSError."""
+    def answer(self, sock: socket.socket, tries: int = 0) -> None:
+        """Give the password, where ``tries`` other lines may count as tries; block until the server takes it.
+
+        Raises WrongPassword, NotConnected, or OSError, a time-out after ANSWER_SECONDS among them.
+        """
+        self.was_asked = True
+        deadline = time.monotonic() + ANSWER_SECONDS
         sock.settimeout(ANSWER_SECONDS)
         sock.sendall(self.known + b"\n")
-        reply = read_line(sock)
+        for _ in range(tries + 1):
+            reply = read_line(sock, deadline)
+            if reply != b"* wrong password\n":
+                break
         sock.settimeout(None)
         if reply == b"* wrong password\n":
             raise WrongPassword("Wrong password: ask whoever runs the server for it, and try again.")
         if reply != b"* password accepted\n":
-            raise NotConnected("The server has not let us in; try again later.")
+            said = clean(reply).decode().strip("* \n") or "it closed the connection"
+            raise NotConnected(f"The server has not let us in: {said}; try again later.")
 
 
-def asks_for_password(sock: socket.socket) -> bool:
-    """Return whether the very first line of a connection asks for a password; only then it is read.
+def first_bytes(sock: socket.socket) -> bytes:
+    """Return how a connection begins, as far as it may be a question, without reading it; nothing if nothing comes.
 
     Blocks QUESTION_SECONDS at most. Raises OSError when the connection is lost.
     """
     deadline = time.monotonic() + QUESTION_SECONDS
+    beginning = b""
     with waiting_on(sock) as wait:
         while (seconds := deadline - time.monotonic()) > 0 and wait(seconds):
-            beginning = sock.recv(len(QUESTION), socket.MSG_PEEK)
-            if beginning == QUESTION:
-                return read_line(sock) == QUESTION
-            if not beginning or not QUESTION.startswith(beginning):
-                return False
+            beginning = sock.recv(READ_BYTES, socket.MSG_PEEK)
+            if not beginning or not QUESTION.startswith(beginning) or beginning == QUESTION:
+                break
             time.sleep(INTERRUPT_SECONDS)  # the rest of the line is on its way
-    return False
+    return beginning
 
 
 def can_ask() -> bool:
@@ -1048,11 +1075,53 @@ def can_ask() -> bool:
     return os.isatty(0) and sys.platform != "win32"
 
 
-def password_typed() -> bytes:
-    """Ask for the password on the terminal, unseen. Blocks; raises EOFError, and GetPassWarning if it would be seen."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", getpass.GetPassWarning)
-        return getpass.getpass("Password: ").encode("utf-8", "surrogateescape")
+if sys.platform != "win32":
+
+    def password_typed() -> bytes:
+        """Ask for the password on this process's terminal, unseen, wherever standard input comes from.
+
+        Blocks; raises EOFError at Ctrl-D, OSError where there is no terminal. Not by getpass: a signal that ends the
+        program in the middle of that leaves the terminal without echo, and after Ctrl-Z it would show what is typed.
+        """
+        with open("/dev/tty", "r+b", buffering=0) as terminal:
+            as_it_was = termios.tcgetattr(terminal)
+            unseen = [*as_it_was]
+            unseen[3] &= ~termios.ECHO
+
+            def ask(*_: object) -> None:
+                termios.tcsetattr(terminal, termios.TCSAFLUSH, unseen)
+                terminal.write(b"Password: ")
+
+            def give_back(number: int, _: object) -> None:
+                termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)  # which ends the program, or stops it for as long as the shell likes
+                signal.signal(number, give_back)
+                termios.tcsetattr(terminal, termios.TCSANOW, unseen)
+
+            handlers: dict[signal.Signals, Callable[[int, object], None]] = {signal.SIGCONT: ask}
+            handlers.update(dict.fromkeys((signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), give_back))
+            before = {number: signal.getsignal(number) for number in handlers}
+            try:
+                for number, handler in handlers.items():
+                    if before[number] != signal.SIG_IGN:
+                        signal.signal(number, handler)
+                ask()
+                line = terminal.readline()
+            finally:
+                termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
+                terminal.write(b"\n")
+                for number, handler_before in before.items():
+                    signal.signal(number, handler_before)
+        if not line:
+            raise EOFError
+        return line.rstrip(b"\n")
+
+else:
+
+    def password_typed() -> bytes:
+        """Ask for the password on the console, unseen. Blocks."""
+        return getpass.getpass("Password: ").encode("utf-8", "replace")
 
 
 def password_from(path: str | None) -> bytes:
@@ -1060,18 +1129,16 @@ def password_from(path: str | None) -> bytes:
 
     Raises NotConnected.
     """
-    if path is None:
-        password = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape")
-        if b"\n" in password or b"\r" in password:
-            raise NotConnected("MYCHAT_PASSWORD has several lines: a password is one.")
-        return password
-    try:
-        with open(path, "rb") as file:
-            password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
-    except OSError as error:
-        raise NotConnected(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
-    if not 1 <= len(password) <= MAX_LINE_BYTES:
-        raise NotConnected(f"{path} holds no password: its first line must have 1 to {MAX_LINE_BYTES} bytes.")
+    password, source = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape"), "MYCHAT_PASSWORD"
+    if path is not None:
+        source = path
+        try:
+            with open(path, "rb", buffering=0) as file:  # no more than the line, if it is standard input
+                password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
+        except OSError as error:
+            raise NotConnected(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
+    if b"\n" in password or b"\r" in password or len(password) > MAX_LINE_BYTES or (path is not None and not password):
+        raise NotConnected(f"{source} holds no password: that is one line of 1 to {MAX_LINE_BYTES} bytes, the first.")
     return password
 
 
@@ -1564,7 +1631,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         try:
             password = Password(password_typed() if options.password else password_from(options.password_file))
-        except (EOFError, getpass.GetPassWarning):
+        except EOFError:  # Ctrl-D
+            return 0
+        except OSError:
             warn("--password asks in a terminal: use --password-file FILE or MYCHAT_PASSWORD where there is none.")
             return 1
         except NotConnected as problem:

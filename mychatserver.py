@@ -141,8 +141,8 @@ TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # A search is ten times faster when its first character is a plain one: hence the newline, not "^".
-Spoken = tuple[bytes, str]  # lines to be relayed, and the command behind them, empty if there is none
 UNUSUAL = re.compile(rb"\n(?:[\n\t /]|exit[\n\t ])")  # blank, perhaps exit, perhaps a command
+Spoken = tuple[bytes, str]  # lines to be relayed, and the command behind them, empty if there is none
 COMMAND = re.compile(rb"/[a-z]+(?![^ \t])")
 
 
@@ -399,6 +399,11 @@ class Client:
         return self._state >= FINISHING
 
     @property
+    def gone(self) -> bool:
+        """Whether nobody is there to hear anything more."""
+        return self._state > OPEN
+
+    @property
     def ended(self) -> bool:
         """Whether it was let go."""
         return self._state is ENDED
@@ -522,8 +527,8 @@ class Client:
         Raises OSError at a reset, and when the deadline passes.
         """
         if self.deadline is not None:
-            seconds = max(0.0, self.deadline - time.monotonic())
-            if not ready(self._sock, selectors.EVENT_READ, seconds):
+            seconds = self.deadline - time.monotonic()
+            if seconds <= 0 or not ready(self._sock, selectors.EVENT_READ, seconds):
                 raise TimeoutError
         if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
             while not ready(self._sock, selectors.EVENT_READ, 1.0) and not self.leaving:
@@ -745,10 +750,12 @@ def home(address: tuple[str, int]) -> str:
 class Places:
     """So many clients at once, in all and of one host; None is no limit. Called from any thread."""
 
-    def __init__(self, in_all: int | None, of_a_host: int | None, who: str = "clients") -> None:
+    def __init__(
+        self, in_all: int | None, of_a_host: int | None, full: str = "server full", who: str = "clients"
+    ) -> None:
         self._in_all = in_all
         self._of_a_host = of_a_host
-        self._who = who
+        self._full, self._who = full, who
         # Guards what follows. No other lock is taken inside.
         self._lock = threading.Lock()
         self._taken = 0
@@ -759,7 +766,7 @@ class Places:
         host = home(client.address) if self._of_a_host is not None else ""
         with self._lock:
             if self._in_all is not None and self._taken >= self._in_all:
-                raise Refused(f"server full: {self._taken} of {self._in_all} {self._who}")
+                raise Refused(f"{self._full}: {self._taken} of {self._in_all} {self._who}")
             if self._of_a_host is not None:
                 here = self._taken_by_host[host]
                 if here >= self._of_a_host:
@@ -925,14 +932,6 @@ class Room:
             self._take_turn()  # renames are told before
             self._give(client, self._who(client))
         self._wait_on_time(client)
-
-    def pause(self, client: Client, seconds: float) -> bool:
-        """Wait so long, unless ``client`` has to leave; return whether it stays."""
-        with self._queue_lock:
-            self._waiters[client] = threading.Condition(self._queue_lock)
-            self._waiters[client].wait_for(lambda: client.leaving, seconds)
-            del self._waiters[client]
-        return not client.leaving
 
     def _wait_on_time(self, client: Client) -> None:
         with self._queue_lock:
@@ -1470,7 +1469,7 @@ class Server:
 
     def _say_refused(self, address: tuple[str, int]) -> None:
         """Show who was turned away, one line a second and host, so that a rude host does not fill the console."""
-        host, now = address[0], time.monotonic()
+        host, now = home(address), time.monotonic()
         if now - self._refusals.get(host, -1.0) >= 1.0:
             if len(self._refusals) >= REFUSALS_REMEMBERED:
                 self._refusals.clear()
@@ -1482,13 +1481,13 @@ class Server:
     def _handle(self, client: Client) -> None:
         """Serve one client from its arrival to its close.
 
-        Ends because it waits in three places only: in ``recv`` and for its turn (or its pace), out of which
-        ``Room.end`` wakes it, and in ``drain``, which has a deadline.
+        Ends because it waits in three places only: in ``recv`` and for its turn, out of which ``Room.end`` wakes it,
+        and in ``drain``, which has a deadline. (And a second at most at a time for a wrong password, or for its pace.)
         """
         try:
             blocks = self._guests.let_in(client)
             self._room.join(client)
-            paced = self._guests.pacer(functools.partial(self._room.pause, client))
+            paced = self._guests.pacer(client)
             for block, too_long in blocks:
                 for lines, command in paced(spoken(block)):
                     if client.leaving:
@@ -1653,7 +1652,7 @@ class Guests:
         self.password = password  # nobody is asked for one, if there is none
         self.tls = tls
         self._rate = rate  # lines a second
-        self._waiting = Places(*WAITING_MAX, "newcomers")
+        self._waiting = Places(*WAITING_MAX, "too many at the door", "newcomers")
 
     # Runs in the server thread
 
@@ -1695,12 +1694,12 @@ class Guests:
         tries = 0
         for block, too_long in blocks:
             is_wrong = too_long
-            for found in re.finditer(rb"([^\n]*)\n", block):
-                if hmac.compare_digest(found[1], self.password):
+            for found in () if too_long else re.finditer(rb"([^\n]*)\n", block):
+                if any(hmac.compare_digest(line, self.password) for line in (found[1], TELNET.sub(b"", found[1]))):
                     client.give([memoryview(b"* password accepted\n")])
-                    return wanted_name + block[found.end() :], too_long
+                    return wanted_name + block[found.end() :], False
                 if found[1].startswith((b"/nick ", b"/nick\t")):
-                    wanted_name = found[0]
+                    wanted_name = found[1][: UNCOMPOSED_CHARACTERS * 4] + b"\n"  # more is no name
                 elif found[1].strip(b" \t") in (b"exit", b"/quit"):
                     raise Quit
                 else:
@@ -1716,25 +1715,25 @@ class Guests:
             raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
         raise Quit
 
-    def pacer(self, pause: Callable[[float], bool]) -> Callable[[Iterator[Spoken]], Iterator[Spoken]]:
-        """Return what passes on lines and commands of one client at the pace that it may have.
-
-        Blocks in ``pause``, which waits so many seconds and returns whether the client stays.
-        """
-        return functools.partial(Pace(self._rate, pause).hold) if self._rate else iter
+    def pacer(self, client: Client) -> Callable[[Iterator[Spoken]], Iterator[Spoken]]:
+        """Return what passes on lines and commands of ``client`` at the pace that it may have. Blocks to hold it."""
+        return Pace(self._rate, client).hold if self._rate else iter
 
 
 class Pace:
     """Holds one client to ``rate`` lines a second; after a silence it may say those of BURST_SECONDS at once."""
 
-    def __init__(self, rate: int, pause: Callable[[float], bool]) -> None:
+    def __init__(self, rate: int, client: Client) -> None:
         self._rate = rate
-        self._pause = pause
+        self._client = client
         self._allowed = float(rate * BURST_SECONDS)  # lines
         self._then = time.monotonic()  # when that was so
 
     def hold(self, parts: Iterator[Spoken]) -> Iterator[Spoken]:
-        """Yield what ``spoken`` yields, in smaller parts, each when it may be said. A command counts as a line."""
+        """Yield what ``spoken`` yields, in smaller parts, each when it may be said. A command counts as a line.
+
+        Ends early when the client is gone: it would keep its name and place for as long as it has poured lines.
+        """
         for lines, command in parts:
             while lines:
                 count = self._wait()
@@ -1752,15 +1751,15 @@ class Pace:
             yield b"", command
 
     def _wait(self) -> int:
-        """Wait until a line may be said; return how many may, none if the client has to leave."""
-        while True:
+        """Wait until a line may be said; return how many may, none if the client is gone."""
+        while not self._client.gone:
             now = time.monotonic()
             self._allowed = min(self._rate * BURST_SECONDS, self._allowed + (now - self._then) * self._rate)
             self._then = now
             if self._allowed >= 1:
                 return int(self._allowed)
-            if not self._pause((1 - self._allowed) / self._rate):
-                return 0
+            time.sleep((1 - self._allowed) / self._rate)
+        return 0
 
 
 def network(text: str) -> Network:
@@ -1781,18 +1780,16 @@ def password_from(path: str | None) -> bytes:
 
     Raises Unusable.
     """
-    if path is None:
-        password = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape")
-        if b"\n" in password or b"\r" in password:
-            raise Unusable("MYCHAT_PASSWORD has several lines: a password is one.")
-        return password
-    try:
-        with open(path, "rb") as file:
-            password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
-    except OSError as error:
-        raise Unusable(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
-    if not 1 <= len(password) <= MAX_LINE_BYTES:
-        raise Unusable(f"{path} holds no password: its first line must have 1 to {MAX_LINE_BYTES} bytes.")
+    password, source = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape"), "MYCHAT_PASSWORD"
+    if path is not None:
+        source = path
+        try:
+            with open(path, "rb", buffering=0) as file:  # no more than the line, if it is standard input
+                password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
+        except OSError as error:
+            raise Unusable(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
+    if b"\n" in password or b"\r" in password or len(password) > MAX_LINE_BYTES or (path is not None and not password):
+        raise Unusable(f"{source} holds no password: that is one line of 1 to {MAX_LINE_BYTES} bytes, the first.")
     return password
 
 

@@ -392,6 +392,7 @@ NOTICES = (
     "* server stopping",
     "* server full: 1 of 1 clients",
     "* too many from your address: 3 of 3 clients",
+    "* too many at the door: 1000 of 1000 newcomers",
     "* password?",
     "* password accepted",
     "* wrong password",
