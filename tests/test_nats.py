@@ -352,7 +352,7 @@ class Strangers(Nodes):
             b"* ann@paris left now\n",
             b"ann@paris:torn",
             b"x" * 97 + b"@paris:long label\n",
-            b"ann@paris:" + b"x" * (LINK_LINE_BYTES - 9) + b"\n",
+            b"ann@paris:" + b"x" * (LINK_LINE_BYTES + 1) + b"\n",
             b"",
         ):
             with self.subTest(lines=lines[:40]):
@@ -360,7 +360,7 @@ class Strangers(Nodes):
                 stranger.publish("paris", b"ann@paris:before\n" + lines)
                 stranger.publish("paris", b"ann@paris:fence\n")
                 bob.expect("ann@paris:before", "ann@paris:fence")
-        long = b"ann@paris:" + b"x" * (LINK_LINE_BYTES - 10)
+        long = b"ann@paris:" + b"x" * LINK_LINE_BYTES
         stranger.publish(
             "paris", b"a@paris:\x1b[31m\xff\xfb\x01\r\xc3\nb@paris:ok\n* a@paris is now b@paris\n" + long + b"\n"
         )
