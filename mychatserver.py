@@ -1850,7 +1850,8 @@ class Link:
                     if key.fileobj is self._wake_reader:
                         self._woken()
                     elif events & selectors.EVENT_READ:
-                        self._receive()
+                        self._take_in(self._received())
+                        time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
                 if time.monotonic() >= self._next_tick:
                     self._tick()
 
@@ -1942,17 +1943,15 @@ class Link:
 
     # Receiving
 
-    def _receive(self) -> None:
+    def _received(self) -> bytes:
+        """Return what has come, nothing if that is not now; raise Unlinked at end-of-file."""
         try:
-            data = self._sock.recv(READ_BYTES)
-            while getattr(self._sock, "pending", int)():  # decrypted already, so a selector would not tell
-                data += self._sock.recv(READ_BYTES)
+            data = self._sock.recv(READ_BYTES)  # no less than TLS decrypts at once, or a selector would miss the rest
         except self._not_now:
-            return
+            return b""
         if not data:
             raise Unlinked(f"{self._addresses[0]} has closed the connection: its log may say why.")
-        self._take_in(data)
-        time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS while messages follow each other
+        return data
 
     def _take_in(self, data: bytes) -> None:
         """Do what NATS says, as far as it is complete. Raise Unlinked when that is no NATS, or has a complaint."""
@@ -2051,7 +2050,12 @@ class Link:
         import json
 
         deadline = time.monotonic() + LINK_CONNECT_SECONDS
-        self._read_until(lambda: self._info, deadline)
+        greeting = b""
+        while not greeting.endswith(b"\r\n") and len(greeting) <= LINK_WORDS_BYTES:
+            greeting += self._next(deadline)
+        self._told(greeting[:-2])  # all of it: what follows INFO, before the encryption, could be anybody's
+        if not self._info:
+            raise self._no_nats()
         if address.is_encrypted or self._info.get("tls_required"):
             if not (self._info.get("tls_required") or self._info.get("tls_available")):
                 raise Unlinked(f"{address} does not speak TLS: set it up there, or give --nats a URL with nats://.")
@@ -2062,28 +2066,26 @@ class Link:
         self._hear(b"ask", b"to." + self._id, b"here")
         self._publish(b"ask")
         self._ping()
-        self._read_until(lambda: not self._pongs_due, deadline)
+        while self._pongs_due:
+            self._take_in(self._next(deadline))
 
     def _hear(self, *kinds: bytes) -> None:
         for kind in kinds:
             self._say(b"SUB mychat.%s.*.*.*.%s %s\r\n" % (self._room_name, kind, kind))
 
-    def _read_until(self, done: Callable[[], object], deadline: float) -> None:
-        """Send our own words and take in what comes, until ``done``; raise socket.timeout at the deadline."""
-        while not done():
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
-                raise socket.timeout
-            self._sock.settimeout(seconds)
-            self._sock.sendall(self._own_words)
-            self._own_words.clear()
-            self._receive()
+    def _next(self, deadline: float) -> bytes:
+        """Send our own words, and wait for what comes; raise socket.timeout at the deadline."""
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise socket.timeout
+        self._sock.settimeout(seconds)
+        self._sock.sendall(self._own_words)
+        self._own_words.clear()
+        return self._received()
 
     def _encrypt(self, host: str) -> None:
         import ssl  # few need it
 
-        if self._input:  # it came before the encryption, from anybody
-            raise self._no_nats()
         try:
             context = ssl.create_default_context(cafile=self._certificates)
         except OSError as error:
