@@ -9,7 +9,8 @@ The wire
     Client to server: text. A line ``exit`` leaves, and so does end-of-file. Lines of blanks are not relayed. A line
     that starts with ``/`` and a word of lower-case letters is a command: the section on people has them.
     Server to client: ``label:text``, or a notice, ``* text``. A label is the port that its client connects from, or the
-    name that it has taken. No text of a person stands in a notice but for ``* LABEL to you: text``.
+    name that it has taken; ``@server`` behind it tells that its client is on another server. No text of a person stands
+    in a notice but for ``* LABEL to you: text``.
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
 
@@ -119,7 +120,8 @@ LINK_LINE_BYTES = 4 * MAX_LINE_BYTES  # of a line from another server: cleaning 
 LINK_WORDS_BYTES = 65_536  # of what is no line, each way: what NATS says of itself is the longest
 LINK_CONNECT_SECONDS = 5.0  # for NATS to take the connection, and us
 LINK_ASK_SECONDS = 0.5  # in which another server of our name has said so
-LINK_SIGN_SECONDS = 10.0  # between two signs of life; NATS must have answered the last when the next is due
+LINK_SIGN_SECONDS = 10.0  # between two signs of life, and for NATS to give one when asked
+LINK_TRUST_SECONDS = 1.0  # without an answer from NATS: then lines are kept, as it may have stopped
 LINK_PAUSES = 0.5, 10.0  # seconds before trying to connect again: at first, doubling up to this
 LINK_HOLD_SECONDS = 11.0  # in which other servers should be back after a cut that was theirs too
 HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
@@ -1716,7 +1718,8 @@ class Link:
         self._text = b""  # lines ready to be sent: the rest of what was taken from the queue,
         self._text_name = b""  # with this name of ours
         # Lines wait for our name to be settled, and after a cut, which may have been theirs too, for these servers.
-        self._settled = self._all_back = 0.0  # when that is enough
+        self._settled = self._all_back = 0.0  # when that is enough; and when something is due again:
+        self._next_tick = self._next_sign = 0.0
         self._awaited: set[bytes] = set()
         self._name_told = b""
         self._forget_connection()
@@ -1727,6 +1730,8 @@ class Link:
         self._input = bytearray()
         self._skipping = 0  # bytes to come of a message that is too large
         self._pongs_due = 0
+        self._asked = 0.0  # when the first of them was asked for
+        self._unconfirmed = False  # lines were sent since
         self._own_words = bytearray()  # our part of the protocol, to be sent before lines
         self._frame = memoryview(b"")  # what is being sent
         self._framed = 0  # the bytes of the text in it
@@ -1862,22 +1867,23 @@ class Link:
         self._wake_is_sent = False  # before the queue is looked at: who adds something from here on wakes us again
 
     def _tick(self) -> None:
-        """Once a second: say what was missed; now and then, give a sign of life and see whether NATS does."""
+        """Once a second: say what was missed; see whether NATS lives; now and then, give a sign of life."""
         now = time.monotonic()
         self._next_tick = now + 1.0
         with self._lock:
             missed, self._lines_missed = self._lines_missed, 0
         if missed:
             self._arrivals.say(f"* {missed} lines not sent to the other servers")
+        if self._pongs_due and now - self._asked >= LINK_SIGN_SECONDS:
+            raise Unlinked(f"{self._addresses[0]} does not answer: is it stopped, or the network down?")
+        if not self._pongs_due and (self._unconfirmed or now >= self._next_sign):
+            self._ping()
         if now >= self._next_sign:
             self._next_sign = now + LINK_SIGN_SECONDS
-            if self._pongs_due:
-                raise Unlinked(f"{self._addresses[0]} does not answer: is it stopped, or the network down?")
             if self._name != self._name_told:
                 self._name_told = self._name
                 self._console.say(f"Linked to room {self._room_name.decode()} as {self._name.decode()}")
             self._publish(b"here")
-            self._ping()
 
     # Sending
 
@@ -1890,12 +1896,14 @@ class Link:
                 return True
             if not self._frame:
                 self._text = self._text[self._framed :]
+                self._unconfirmed |= self._framed > 0
         return bool(self._frame or self._own_words or (self._may_speak() and (self._text or self._queue)))
 
     def _may_speak(self) -> bool:
         now = time.monotonic()
         is_awaiting = now < self._settled or (now < self._all_back and self._awaited)
-        return not is_awaiting or self._closing.is_set()
+        is_answered = not self._pongs_due or now - self._asked < LINK_TRUST_SECONDS
+        return (is_answered and not is_awaiting) or self._closing.is_set()
 
     def _next_frame(self) -> bool:
         """Make what is sent next; return whether there is something. A line for which NATS is too small is missed."""
@@ -1934,7 +1942,10 @@ class Link:
         self._say(self._message(kind, self._name))
 
     def _ping(self) -> None:
+        if not self._pongs_due:
+            self._asked = time.monotonic()
         self._pongs_due += 1
+        self._unconfirmed = False
         self._say(b"PING\r\n")
 
     def _say(self, words: bytes) -> None:
@@ -2345,7 +2356,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server; return the exit status: 0 when it was stopped, 1 when it cannot listen."""
+    """Run the server; return the exit status: 0 when it was stopped, 1 when it cannot listen, log or be linked."""
     try:
         open_missing_descriptors()
         options = parse_args(argv)
