@@ -541,8 +541,9 @@ class Cuts(Nodes):
         ann, bob, cid = self.enter(paris), self.enter(oslo), self.enter(paris)
         meet(ann, bob, cid)
         nats.stop()
-        number = 0
+        number, deadline = 0, time.monotonic() + SECONDS
         while True:
+            self.assertLess(time.monotonic(), deadline)
             ann.say(f"line {number}")
             line = cid.line().decode()
             if line == LOST:
