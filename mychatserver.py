@@ -9,7 +9,8 @@ The wire
     Client to server: text. A line ``exit`` leaves, and so does end-of-file. Lines of blanks are not relayed. A line
     that starts with ``/`` and a word of lower-case letters is a command: the section on people has them.
     Server to client: ``label:text``, or a notice, ``* text``. A label is the port that its client connects from, or the
-    name that it has taken. No text of a person stands in a notice but for ``* LABEL to you: text``.
+    name that it has taken; ``@server`` behind it tells that its client is on another server. No text of a person stands
+    in a notice but for ``* LABEL to you: text``.
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
     With a password, ``* password?`` is all that a newcomer gets until a line is it: see Guests.
@@ -21,6 +22,7 @@ The threads, and who owns what
     handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
     writers         one each for standard output, standard error and the log, however slow those are.
     With ``--lan`` the server thread also answers the questions of ``mychatclient.py --lan``: see Discovery.
+    With ``--nats`` two more threads join this room with those of other servers: see Link.
 
 The relay
     Handlers read blocks of lines, not lines. One handler at a time has the turn: it takes what the others have put
@@ -54,7 +56,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, Union
 
 if TYPE_CHECKING:
     import ssl  # at run time only where somebody asks for TLS: some Pythons have none
@@ -128,6 +130,19 @@ HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
 TLS_PIECE_BYTES = 65_536  # encrypted at once, of what one client is given: each late one keeps as much ciphertext
 TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
 TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer, unsent or at once: hundreds of new keys
+NATS_PORT = 4222
+SERVER_NAME_CHARACTERS = 32  # with a suffix and a person's name no longer than clients take for a label
+LINK_BYTES = 1_048_576  # kept for the other servers while the link is lost or slow; and the largest message
+LINK_LINE_BYTES = 4 * MAX_LINE_BYTES  # of a line from another server: cleaning may make three bytes of one
+LINK_WORDS_BYTES = 65_536  # of what is no line, each way: what NATS says of itself is the longest
+LINK_CONNECT_SECONDS = 5.0  # for NATS to take the connection, and us
+LINK_ASK_SECONDS = 0.5  # in which another server of our name has said so
+LINK_SIGN_SECONDS = 10.0  # between two signs of life, and for NATS to give one when asked
+LINK_TRUST_SECONDS = 1.0  # without an answer from NATS: then lines are kept, as it may have stopped
+LINK_PAUSES = 0.5, 10.0  # seconds before trying to connect again: at first, doubling up to this
+LINK_HOLD_SECONDS = 11.0  # in which other servers should be back after a cut that was theirs too
+HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
+SERVERS_REMEMBERED = 10_000  # a stranger may make up more
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
@@ -246,9 +261,14 @@ def front(lines: bytes, size: int) -> bytes:
 
 
 def labelled(label: str, lines: bytes, size: int) -> tuple[bytes, bytes]:
-    """Return the first of ``lines`` with ``label:`` before each, in ``size`` bytes or one line; and the other lines."""
-    prefix = f"{label}:".encode()
+    """Return the first of ``lines`` with ``label:`` before each, in ``size`` bytes or one line; and the other lines.
+
+    Without a label they stay as they are: they came from another server, and have one.
+    """
     some = front(lines, size)
+    if not label:
+        return some, lines[len(some) :]
+    prefix = f"{label}:".encode()
     replaced = memoryview(some.replace(b"\n", b"\n" + prefix))
     whole = b"".join((prefix, replaced[: -len(prefix)]))
     block = front(whole, size)
@@ -262,7 +282,7 @@ def labelled(label: str, lines: bytes, size: int) -> tuple[bytes, bytes]:
 class Batch:
     """The blocks of several speakers, joined, of which each member gets everything but its own lines."""
 
-    def __init__(self, blocks: Sequence[tuple[Client | None, bytes]]) -> None:
+    def __init__(self, blocks: Sequence[tuple[Speaker | None, bytes]]) -> None:
         """Join blocks; one that nobody speaks is a notice to all."""
         joined = b"".join(block for _, block in blocks)
         has_notices = any(speaker is None for speaker, _ in blocks)
@@ -352,6 +372,20 @@ class Member(Protocol):
 
     def give(self, pieces: Sequence[memoryview]) -> int:
         """Take pieces to send on; never block, never raise. Return the bytes that had to wait: the backlog."""
+
+
+class Speaker(Member, Protocol):
+    """What the room knows of those who say something: people, and the link to other servers."""
+
+    said: int  # bytes, all told
+
+    @property
+    def label(self) -> str:
+        """What stands before each of its lines."""
+
+    @property
+    def leaving(self) -> bool:
+        """Whether nothing more is taken from it."""
 
 
 def ready(sock: socket.socket, events: int, seconds: float) -> int:
@@ -804,21 +838,30 @@ class Room:
         # The turn: held for a whole round, and by who enters and leaves. Outermost lock. Guards what follows.
         self._turn = threading.Lock()
         self._members: list[Member] = [*([] if quiet else [console]), *([log] if log else [])]
+        self._link: Link | None = None
         self._history = History(history)
         # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
         self._queue_lock = threading.Lock()
         self._clients: dict[str, Client] = {}  # by label, folded
-        self._queue: collections.deque[tuple[Client, bytes, bool]] = collections.deque()  # whose, what, is it to all
+        self._queue: collections.deque[tuple[Speaker, bytes, bool]] = collections.deque()  # whose, what, is it to all
         self._queue_bytes = 0
         self._closed = False  # nothing more is put down, nobody comes in
-        self._queued: set[Client] = set()  # who has a block in the queue: one at most
+        self._queued: set[Speaker] = set()  # who has a block in the queue: one at most
         self._turn_is_awaited = False  # somebody waits for the turn, and will take what is put down until then
-        self._waiters: dict[Client, threading.Condition] = {}  # handlers that wait to put down, or to be on time
+        self._waiters: dict[Speaker, threading.Condition] = {}  # handlers that wait to put down, or to be on time
         self._late: set[Client] = set()
         # Counted once, when the first becomes late: people who come and go must not make it add up to more.
         self._share = 0  # what each may put down until nobody is late,
-        self._shares: dict[Client, int] = {}  # how much of it is left to whom,
+        self._shares: dict[Speaker, int] = {}  # how much of it is left to whom,
         self._common = 0  # and what is left for newcomers, and for lines longer than a share
+
+    # Runs in the main thread
+
+    def add(self, link: Link) -> None:
+        """Take in the link to other servers: it is given every line but its own, and speaks. Waits for the turn."""
+        with self._turn:
+            self._link = link
+            self._members.append(link)
 
     # Runs in the handler thread
 
@@ -856,7 +899,7 @@ class Room:
         with self._queue_lock:
             self._on_time(client)
 
-    def relay(self, client: Client, lines: bytes) -> None:
+    def relay(self, client: Speaker, lines: bytes) -> None:
         """Give ``lines`` to all other members, in portions that let others have their say.
 
         Blocks while an earlier portion waits in the queue or the queue is full, and while somebody is late and
@@ -869,7 +912,7 @@ class Room:
                 with self._turn:
                     self._take_turn()
 
-    def _put_down(self, client: Client, lines: bytes) -> tuple[bytes, bool]:
+    def _put_down(self, client: Speaker, lines: bytes) -> tuple[bytes, bool]:
         """Wait until some of ``lines`` may be queued; return the others, and whether to take the turn."""
         with self._queue_lock:
             block, rest = self._wait(client, lambda: self._portion(client, lines))
@@ -918,6 +961,8 @@ class Room:
                 self._give(found, notice)
         if not is_here:
             gone = f"nobody here is called {quoted(target)}" if isinstance(target, str) else "who wrote to you has left"
+            if self._link and isinstance(target, str) and "@" in target:
+                gone = f"private words stay on one server: {quoted(target)} is on another"
             self.reply(client, f"* {gone}")
 
     def reply(self, client: Client, *notices: str) -> None:
@@ -990,15 +1035,16 @@ class Room:
             shown[WHO_SHOWN - 1 :] = [client]
         names = ", ".join(member.label + (" (you)" if member is client else "") for member in shown)
         count = len(self._clients)
-        return f"* {count} here: {names}" + (f", and {count - len(shown)} more" if count > len(shown) else "")
+        more = f", and {count - len(shown)} more" if count > len(shown) else ""
+        return f"* {count} here: {names}{more}{self._link.elsewhere() if self._link else ''}"
 
     def _tell_of(self, client: Client, verb: str) -> None:
-        """Have the log tell that ``client`` joined or left, and with ``--announce`` everyone else."""
+        """Have the log tell that ``client`` joined or left, and with ``--announce`` all others, elsewhere too."""
         notice = f"* {client.label} {verb}"
         if self._log:
             self._log.say(notice)
         if self._announce and not self._closed:  # else nobody can get it
-            others = (member for member in self._members if isinstance(member, Client) and member is not client)
+            others = (member for member in self._members if not isinstance(member, Writer) and member is not client)
             self._tell(others, notice)
 
     def _tell(self, members: Iterable[Member], notice: str) -> None:
@@ -1019,7 +1065,7 @@ class Room:
     def _next_batch(self) -> Batch | None:
         """Take a round from the queue, first come, first served."""
         size = self._round_bytes()
-        blocks: list[tuple[Client | None, bytes]] = []
+        blocks: list[tuple[Speaker | None, bytes]] = []
         with self._queue_lock:
             # In the same hold as the taking: a block put down in between would wait for nobody.
             self._turn_is_awaited = False
@@ -1065,7 +1111,7 @@ class Room:
     def _is_here(self, client: Client) -> bool:
         return self._clients.get(folded(client.label)) is client
 
-    def _append(self, client: Client, block: bytes, to_all: bool = False) -> bool:
+    def _append(self, client: Speaker, block: bytes, to_all: bool = False) -> bool:
         """Queue what ``client`` says, or a notice to all in its place; return whether to take the turn."""
         self._queue.append((client, block, to_all))
         self._queue_bytes += len(block)
@@ -1079,7 +1125,7 @@ class Room:
         self._wait(client, lambda: client.leaving or (self._may_speak(client) and self._pays(client, size)))
         return not client.leaving
 
-    def _wait(self, client: Client, until: Callable[[], Awaited | None]) -> Awaited:
+    def _wait(self, client: Speaker, until: Callable[[], Awaited | None]) -> Awaited:
         """Wait until ``until`` returns something true, and return that. Only the handler of ``client`` may wait."""
         found = until()
         if not found:
@@ -1090,7 +1136,7 @@ class Room:
             del self._waiters[client]
         return found
 
-    def _wake(self, client: Client) -> None:
+    def _wake(self, client: Speaker) -> None:
         if client in self._waiters:
             self._waiters[client].notify()
 
@@ -1112,8 +1158,11 @@ class Room:
         self._share = max(PORTION_MIN_BYTES, min(SHARE_MAX_BYTES, shares // members))
         self._shares = dict.fromkeys(self._clients.values(), self._share)
         self._common = shares // 4
+        if self._link:  # it speaks for many, so half of this is set aside for it
+            self._common //= 2
+            self._shares[self._link] = self._common
 
-    def _portion(self, client: Client, lines: bytes) -> tuple[bytes, bytes] | None:
+    def _portion(self, client: Speaker, lines: bytes) -> tuple[bytes, bytes] | None:
         """Return what ``client`` may put down now of its ``lines``, labelled and paid for, and the others.
 
         None means that it must wait. Nothing is put down, and nothing is left, when it has to leave.
@@ -1131,10 +1180,10 @@ class Room:
             return None
         return (block, rest) if self._pays(client, len(block)) else None
 
-    def _may_speak(self, client: Client) -> bool:
+    def _may_speak(self, client: Speaker) -> bool:
         return not (self._closed or client in self._queued or client in self._late)
 
-    def _pays(self, client: Client, size: int) -> bool:
+    def _pays(self, client: Speaker, size: int) -> bool:
         """Take so many bytes off what ``client`` may say while somebody is late; return whether it may."""
         if not self._late:
             return True
@@ -2017,6 +2066,599 @@ class TlsClient(Client):
         super()._shut(how)
 
 
+# --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
+
+SERVER_NAME = re.compile(f"[0-9A-Za-z_-]{{1,{SERVER_NAME_CHARACTERS}}}")
+NATS_URL = re.compile(r"(nats|tls)://(?:(.*)@)?(\[[0-9A-Fa-f:.]+\]|[^][:/@,\s]+)(?::(\d{1,5}))?/?")
+NATS_MESSAGE = re.compile(rb"MSG (\S+) \S+ (?:\S+ )?(\d{1,9})\r\n")
+SUBJECT = re.compile(rb"mychat\.[\w-]+\.([0-9A-Za-z_-]{1,40})\.(\w{1,16})\.(\d{1,9})\.(said|here|ask|to)(?:\.\w+)?")
+
+
+class Unlinked(Unusable):
+    """Why there is no link to the other servers, and what to do, as one sentence."""
+
+
+class NatsAddress:
+    """Where a NATS is, and what lets us in. It has no repr, because that is a secret."""
+
+    def __init__(self, url: str) -> None:
+        """Raise ValueError when ``url`` is none."""
+        from urllib.parse import unquote  # few need it
+
+        found = NATS_URL.fullmatch(url)
+        if not found or not 0 < int(found[4] or NATS_PORT) <= 65_535:
+            raise ValueError
+        self.is_encrypted = found[1] == "tls"
+        self.host, self.port = found[3].strip("[]"), int(found[4] or NATS_PORT)
+        user, colon, password = (found[2] or "").partition(":")
+        self.login = {"user": unquote(user), "pass": unquote(password)} if colon else {}
+        if user and not colon:
+            self.login = {"auth_token": unquote(user)}
+
+    def __str__(self) -> str:
+        return f"NATS at {self.host} port {self.port}"
+
+
+def abroad(lines: bytes, server: bytes) -> bytes:
+    """Return lines, and notices of people, as other servers show them: ``@server`` behind each label."""
+    at = b"@" + server
+    label, colon, _ = lines.partition(b":")
+    mark = label + at + colon
+    if colon and lines.count(b"\n" + label + colon) == lines.count(b"\n") - 1:  # of one speaker: twice as fast
+        return mark + lines[len(label + colon) :].replace(b"\n" + label + colon, b"\n" + mark)
+    mark = at + b":"
+    return b"\n".join(
+        [line.replace(b":", mark, 1) if line[:1] != b"*" else notice_abroad(line, at) for line in lines.split(b"\n")]
+    )
+
+
+def notice_abroad(line: bytes, at: bytes) -> bytes:
+    words = line.split(b" ")  # * LABEL joined, * LABEL left, * LABEL is now LABEL
+    return b" ".join(word + at if index in (1, 4) else word for index, word in enumerate(words))
+
+
+def admitted(message: bytes, server: bytes) -> bytes:
+    """Return the lines of a message that are whole, clean, not too long, and of people on ``server``.
+
+    Costs for 64 KiB, in lines of 32 bytes, 150 us if all are.
+    """
+    lines = clean(message[: message.rfind(b"\n") + 1])
+    label = rb"[^ \t\n:*@]{1,96}@" + server
+    if len(lines) <= LINK_LINE_BYTES and not re.search(rb"\n(?!%s:)" % label, b"\n" + lines[:-1]):
+        return lines
+    theirs = rb"\n(?=((?:%s:|\* %s (?:joined|left|is now %s)(?=\n)).{,%d}\n))" % (label, label, label, LINK_LINE_BYTES)
+    return b"".join(re.findall(theirs, b"\n" + lines))
+
+
+class Arrivals(Writer):
+    """Says in this room what was said on other servers, however slow the room is."""
+
+    MISSED = "from the other servers not shown"
+
+    def __init__(self, room: Room, link: Link) -> None:
+        self._room, self._link = room, link
+        super().__init__("arrivals")
+
+    def _write(self, text: bytes) -> int:
+        while text:
+            some = front(text, READ_BYTES)
+            self._room.relay(self._link, some)
+            text = text[len(some) :]
+        return 0
+
+
+class Link:
+    """A member of the room and a speaker in it: the servers that share it, over NATS, docs.nats.io.
+
+    It is given every batch of what is said here, which NATS brings to each other server once, and says here what they
+    said. It holds up nobody: what waits is bounded, the rest is counted, and the count said. Each server publishes
+    below mychat.ROOM.NAME alone, with the random ID of its process and the number of its connection:
+        mychat.ROOM.NAME.ID.NUMBER.said      whole lines, each with @NAME behind its label
+        mychat.ROOM.NAME.ID.NUMBER.here      a sign of life
+        mychat.ROOM.NAME.ID.NUMBER.ask       is another called NAME?
+        mychat.ROOM.NAME.ID.NUMBER.to.ASKER  the answer of everyone who is there, to the one with that ID
+    A line is believed only below the NAME that it has; who may publish there is for NATS's permissions to say. What
+    comes late, by an earlier connection, is dropped, or it would be out of order.
+    """
+
+    label = ""  # what it says has labels
+    leaving = False
+
+    def __init__(self, room: Room, console: Writer, errors: Writer, options: argparse.Namespace) -> None:
+        self.said = 0
+        self._room = room
+        self._console = console
+        self._errors = errors
+        self._arrivals = Arrivals(room, self)
+        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+        self._closing = threading.Event()
+        # Guards what follows. Innermost lock.
+        self._lock = threading.Lock()
+        self._queue = bytearray()  # lines that were said here; in one piece, so that short ones take no more
+        self._lines_missed = 0
+        self._wake_is_sent = False
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        # Only one thread uses what follows, the main thread until ``start``, but for a copy of who was heard of.
+        self._heard: dict[bytes, tuple[float, bytes, int]] = {}  # when, and the last ID and NUMBER, by NAME
+        self._addresses: collections.deque[NatsAddress] = collections.deque(options.nats)  # the one in use first
+        self._certificates: str | None = options.nats_ca
+        self._room_name: bytes = options.room.encode()
+        self._given_name: bytes = options.server_name.encode()
+        self._name = self._given_name
+        self._id = secrets.token_hex(8).encode()
+        self._connections = 0
+        self._problem = ""  # why there is no connection, as said last
+        self._text = b""  # lines ready to be sent: the rest of what was taken from the queue,
+        self._text_name = b""  # with this name of ours
+        # Lines wait for our name to be settled, and after a cut, which may have been theirs too, for these servers.
+        self._settled = self._all_back = 0.0  # when that is enough; and when something is due again:
+        self._next_tick = self._next_sign = 0.0
+        self._awaited: set[bytes] = set()
+        self._name_told = b""
+        self._forget_connection()
+
+    def _forget_connection(self) -> None:
+        self._not_now: tuple[type[OSError], ...] = (BlockingIOError,)
+        self._info: dict[str, object] = {}  # what NATS says of itself
+        self._input = bytearray()
+        self._skipping = 0  # bytes to come of a message that is too large
+        self._pongs_due = 0
+        self._asked = 0.0  # when the first of them was asked for
+        self._unconfirmed = False  # lines were sent since
+        self._own_words = bytearray()  # our part of the protocol, to be sent before lines
+        self._frame = memoryview(b"")  # what is being sent
+        self._framed = 0  # the bytes of the text in it
+
+    # Runs in the main thread
+
+    def connect(self) -> None:
+        """Connect to the first NATS that answers. Blocks for seconds; raises Unlinked."""
+        for tries_left in reversed(range(len(self._addresses))):
+            try:
+                self._connect()
+                return
+            except Unlinked:
+                if not tries_left:
+                    raise
+                self._addresses.rotate(-1)
+
+    def start(self) -> None:
+        """Join the room, and begin."""
+        self._room.add(self)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Have the thread end when NATS has all that is queued. Does not block."""
+        self._closing.set()
+        with self._lock:
+            self._wake()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the end of the thread, so many seconds at most."""
+        self._thread.join(seconds)
+
+    # Called from any thread, with the turn held
+
+    def give(self, pieces: Sequence[memoryview]) -> int:
+        if not pieces:
+            return 0
+        with self._lock:
+            if len(self._queue) > LINK_BYTES:
+                self._lines_missed += sum(bytes(piece).count(b"\n") for piece in pieces)
+            else:
+                for piece in pieces:
+                    self._queue += piece
+                self._wake()
+        return 0
+
+    def elsewhere(self) -> str:
+        """Return what a list of who is here ends with: the servers that were heard of in the last minute."""
+        since = time.monotonic() - HEARD_SECONDS
+        names = [name.decode() for name, (when, _, _) in self._heard.copy().items() if when >= since]
+        if not names:
+            return ""
+        more = f" and {len(names) - WHO_SHOWN} more" if len(names) > WHO_SHOWN else ""
+        return f", and people on {', '.join(names[:WHO_SHOWN])}{more}"
+
+    def _wake(self) -> None:  # call with the lock held
+        if not self._wake_is_sent:
+            self._wake_is_sent = True
+            with contextlib.suppress(BlockingIOError):  # full: then it will wake anyway
+                self._wake_writer.send(b"\0")
+
+    # Runs in the link's thread
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            connected = time.monotonic()
+            try:
+                self._serve()
+                return
+            except (Unlinked, OSError) as error:
+                self._say_problem(error)
+            cut = time.monotonic()
+            self._sock.close()
+            self._arrivals.say("* link to the other servers lost")
+            self._awaited = {name for name, (when, _, _) in self._heard.items() if cut - when < HEARD_SECONDS}
+            if cut - connected > LINK_PAUSES[1]:
+                pause = 0.0
+            while True:
+                pause = min(max(LINK_PAUSES[0], 2 * pause), LINK_PAUSES[1])
+                if self._closing.wait(pause):
+                    return
+                if self._connects_again():
+                    break
+            self._arrivals.say("* link restored")
+
+    def _connects_again(self) -> bool:
+        self._addresses.rotate(-1)
+        try:
+            self._connect()
+        except Unlinked as problem:
+            self._say_problem(problem)
+            return False
+        self._problem = ""
+        return True
+
+    def _say_problem(self, error: Unlinked | OSError) -> None:
+        text = str(error) if isinstance(error, Unlinked) else linking_problem(error, self._addresses[0])
+        if text != self._problem:
+            self._problem = text
+            self._errors.say(text)
+
+    def _serve(self) -> None:
+        """Send and read, until closed and NATS has everything. Raise OSError or Unlinked when the link is lost."""
+        self._next_tick = self._next_sign = self._settled = time.monotonic() + LINK_ASK_SECONDS
+        self._all_back = time.monotonic() + LINK_HOLD_SECONDS
+        self._hear(b"said")
+        is_last_ping = False
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_reader, selectors.EVENT_READ)
+            selector.register(self._sock, selectors.EVENT_READ)
+            while True:
+                more = self._send()
+                if self._closing.is_set() and not more and not is_last_ping:
+                    self._ping()
+                    is_last_ping = more = True
+                elif is_last_ping and not self._pongs_due:
+                    return
+                selector.modify(self._sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if more else 0))
+                for key, events in selector.select(max(0.0, self._next_tick - time.monotonic())):
+                    if key.fileobj is self._wake_reader:
+                        self._woken()
+                    elif events & selectors.EVENT_READ:
+                        self._take_in(self._received())
+                        time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
+                if time.monotonic() >= self._next_tick:
+                    self._tick()
+
+    def _woken(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # read empty
+            while True:
+                self._wake_reader.recv(4096)
+        self._wake_is_sent = False  # before the queue is looked at: who adds something from here on wakes us again
+
+    def _tick(self) -> None:
+        """Once a second: say what was missed; see whether NATS lives; now and then, give a sign of life."""
+        now = time.monotonic()
+        self._next_tick = now + 1.0
+        with self._lock:
+            missed, self._lines_missed = self._lines_missed, 0
+        if missed:
+            self._arrivals.say(f"* {missed} lines not sent to the other servers")
+        if self._pongs_due and now - self._asked >= LINK_SIGN_SECONDS:
+            raise Unlinked(f"{self._addresses[0]} does not answer: is it stopped, or the network down?")
+        if not self._pongs_due and (self._unconfirmed or now >= self._next_sign):
+            self._ping()
+        if now >= self._next_sign:
+            self._next_sign = now + LINK_SIGN_SECONDS
+            if self._name != self._name_told:
+                self._name_told = self._name
+                self._console.say(f"Linked to room {self._room_name.decode()} as {self._name.decode()}")
+            self._publish(b"here")
+
+    # Sending
+
+    def _send(self) -> bool:
+        """Send one message, or what the socket takes of it; return whether there is more to send."""
+        if self._frame or self._next_frame():
+            try:
+                self._frame = self._frame[self._sock.send(self._frame) :]
+            except self._not_now:
+                return True
+            if not self._frame:
+                self._text = self._text[self._framed :]
+                self._unconfirmed |= self._framed > 0
+        return bool(self._frame or self._own_words or (self._may_speak() and (self._text or self._queue)))
+
+    def _may_speak(self) -> bool:
+        now = time.monotonic()
+        is_awaiting = now < self._settled or (now < self._all_back and self._awaited)
+        is_answered = not self._pongs_due or now - self._asked < LINK_TRUST_SECONDS
+        return (is_answered and not is_awaiting) or self._closing.is_set()
+
+    def _next_frame(self) -> bool:
+        """Make what is sent next; return whether there is something. A line for which NATS is too small is missed."""
+        self._framed = 0
+        if self._own_words:
+            self._frame, self._own_words = memoryview(bytes(self._own_words)), bytearray()
+        while not self._frame and self._may_speak() and (self._text or self._take_text()):
+            some = front(self._text, self._most_bytes())
+            if len(some) > self._most_bytes():
+                with self._lock:
+                    self._lines_missed += 1
+                self._text = self._text[len(some) :]
+            else:
+                self._frame = memoryview(self._message(b"said", self._text_name, some))
+                self._framed = len(some)
+        return bool(self._frame)
+
+    def _take_text(self) -> bool:
+        with self._lock:
+            end = self._queue.rfind(b"\n", 0, READ_BYTES) + 1 or self._queue.find(b"\n") + 1
+            lines = bytes(self._queue[:end])
+            del self._queue[:end]
+        self._text_name = self._name
+        self._text = abroad(lines, self._name)
+        return bool(lines)
+
+    def _most_bytes(self) -> int:
+        told = self._info.get("max_payload")
+        return min(told, LINK_BYTES) if isinstance(told, int) and told > 0 else LINK_BYTES
+
+    def _message(self, kind: bytes, name: bytes, payload: bytes = b"") -> bytes:
+        subject = b"mychat.%s.%s.%s.%d.%s" % (self._room_name, name, self._id, self._connections, kind)
+        return b"PUB %s %d\r\n%s\r\n" % (subject, len(payload), payload)
+
+    def _publish(self, kind: bytes) -> None:
+        self._say(self._message(kind, self._name))
+
+    def _ping(self) -> None:
+        if not self._pongs_due:
+            self._asked = time.monotonic()
+        self._pongs_due += 1
+        self._unconfirmed = False
+        self._say(b"PING\r\n")
+
+    def _say(self, words: bytes) -> None:
+        if len(self._own_words) < LINK_WORDS_BYTES:  # else NATS asks and does not read
+            self._own_words += words
+
+    # Receiving
+
+    def _received(self) -> bytes:
+        """Return what has come, nothing if that is not now; raise Unlinked at end-of-file."""
+        try:
+            data = self._sock.recv(READ_BYTES)  # no less than TLS decrypts at once, or a selector would miss the rest
+        except self._not_now:
+            return b""
+        if not data:
+            raise Unlinked(f"{self._addresses[0]} has closed the connection: its log may say why.")
+        return data
+
+    def _take_in(self, data: bytes) -> None:
+        """Do what NATS says, as far as it is complete. Raise Unlinked when that is no NATS, or has a complaint."""
+        self._input += data
+        start, arrived = 0, []
+        try:
+            while True:
+                skipped = min(self._skipping, len(self._input) - start)
+                self._skipping -= skipped
+                start += skipped
+                message = NATS_MESSAGE.match(self._input, start)
+                if message and int(message[2]) > LINK_BYTES:  # nobody of ours sends as much
+                    self._skipping, start = int(message[2]) + 2, message.end()
+                    continue
+                end = message.end() + int(message[2]) if message else self._input.find(b"\r\n", start)
+                if not start <= end <= len(self._input) - 2:
+                    break
+                if message:
+                    arrived.append(self._heard_from(message[1], bytes(self._input[message.end() : end])))
+                else:
+                    self._told(bytes(self._input[start:end]))
+                start = end + 2
+        finally:  # what came before a complaint counts
+            del self._input[:start]
+            if pieces := [memoryview(lines) for lines in arrived if lines]:
+                self._arrivals.give(pieces)
+        if not message and len(self._input) > LINK_WORDS_BYTES:
+            raise self._no_nats()
+
+    def _no_nats(self) -> Unlinked:
+        return Unlinked(f"What answers is not {self._addresses[0]}: check the URL of --nats.")
+
+    def _told(self, line: bytes) -> None:
+        verb, _, rest = line.partition(b" ")
+        if verb == b"PING":
+            self._say(b"PONG\r\n")
+        elif verb == b"PONG":
+            self._pongs_due = max(0, self._pongs_due - 1)
+        elif verb == b"INFO":
+            self._info = parsed_info(rest)
+            if not self._info:
+                raise self._no_nats()
+        elif verb == b"-ERR" and b"Authorization" in rest:
+            raise Unlinked(f"{self._addresses[0]} does not let us in: check user and password, or token, in the URL.")
+        elif verb == b"-ERR":
+            complaint = clean(rest[:200]).decode("utf-8", "replace").replace("\n", " ").strip("' ")
+            raise Unlinked(f"{self._addresses[0]} says {complaint!r}: its log may say more.")
+        elif verb != b"+OK":
+            raise self._no_nats()
+
+    def _heard_from(self, subject: bytes, payload: bytes) -> bytes:
+        """Take note of another server; return the lines that its message has for our people."""
+        found = SUBJECT.fullmatch(subject)
+        if not found or found[2] == self._id:
+            return b""
+        name, its_id, number, kind = found[1], found[2], int(found[3]), found[4]
+        if kind == b"ask":
+            self._publish(b"to." + its_id)
+            return b""
+        if name == self._name:  # a twin: both look for another name
+            suffix = "".join(secrets.choice("abcdefghijkmnpqrstuvwxyz23456789") for _ in range(4))
+            self._name = b"%s-%s" % (self._given_name, suffix.encode())
+            if time.monotonic() < self._settled:  # a name by chance needs no settling
+                self._settled = self._next_tick = self._next_sign = 0.0
+            return b""
+        _, last_id, last_number = self._heard.get(name, (0.0, its_id, number))
+        if last_id == its_id and number < last_number:
+            return b""
+        if len(self._heard) >= SERVERS_REMEMBERED and name not in self._heard:
+            self._heard.clear()
+        self._heard[name] = time.monotonic(), its_id, number
+        self._awaited.discard(name)
+        return admitted(payload, name) if kind == b"said" else b""
+
+    # Connecting
+
+    def _connect(self) -> None:
+        """Have a connection to the first address, and ask for our name. Raise Unlinked.
+
+        Blocks LINK_CONNECT_SECONDS at most, for each of the host's addresses, and as long as the system looks it up.
+        """
+        address = self._addresses[0]
+        self._forget_connection()
+        with contextlib.ExitStack() as unless_connected:
+            try:
+                self._sock = socket.create_connection((address.host, address.port), LINK_CONNECT_SECONDS)
+                unless_connected.callback(lambda: self._sock.close())  # or the encrypted one in its place
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._log_in(address)
+                self._sock.setblocking(False)
+            except (OSError, UnicodeError) as error:
+                raise Unlinked(linking_problem(error, address)) from None
+            unless_connected.pop_all()
+
+    def _log_in(self, address: NatsAddress) -> None:
+        import json
+
+        deadline = time.monotonic() + LINK_CONNECT_SECONDS
+        greeting = b""
+        while not greeting.endswith(b"\r\n") and len(greeting) <= LINK_WORDS_BYTES:
+            greeting += self._next(deadline)
+        self._told(greeting[:-2])  # all of it: what follows INFO, before the encryption, could be anybody's
+        if not self._info:
+            raise self._no_nats()
+        if address.is_encrypted or self._info.get("tls_required"):
+            if not (self._info.get("tls_required") or self._info.get("tls_available")):
+                raise Unlinked(f"{address} does not speak TLS: set it up there, or give --nats a URL with nats://.")
+            self._encrypt(address.host)
+        self._connections += 1
+        login = {"verbose": False, "pedantic": False, "echo": False, "name": "mychatserver", **address.login}
+        self._say(b"CONNECT %s\r\n" % json.dumps(login).encode())
+        self._hear(b"ask", b"to." + self._id, b"here")
+        self._publish(b"ask")
+        self._ping()
+        while self._pongs_due:
+            self._take_in(self._next(deadline))
+
+    def _hear(self, *kinds: bytes) -> None:
+        for kind in kinds:
+            self._say(b"SUB mychat.%s.*.*.*.%s %s\r\n" % (self._room_name, kind, kind))
+
+    def _next(self, deadline: float) -> bytes:
+        """Send our own words, and wait for what comes; raise socket.timeout at the deadline."""
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise socket.timeout
+        self._sock.settimeout(seconds)
+        self._sock.sendall(self._own_words)
+        self._own_words.clear()
+        return self._received()
+
+    def _encrypt(self, host: str) -> None:
+        import ssl  # few need it
+
+        try:
+            context = ssl.create_default_context(cafile=self._certificates)
+        except OSError as error:
+            raise Unlinked(
+                f"Cannot use {self._certificates}: {error.strerror}; give --nats-ca certificates in PEM."
+            ) from None
+        self._not_now = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+        self._sock = context.wrap_socket(self._sock, server_hostname=host)
+
+
+def parsed_info(text: bytes) -> dict[str, object]:
+    """Return what NATS says of itself; nothing when that is not JSON."""
+    import json  # few need it
+
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError):
+        info = None
+    return info if isinstance(info, dict) else {}
+
+
+def linking_problem(error: OSError | UnicodeError, address: NatsAddress) -> str:
+    """Return one sentence that says why there is no link, and what to do."""
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"Unknown host {address.host!r}: check the URL of --nats."
+    if isinstance(error, ConnectionRefusedError):
+        return f"No {address}: start nats-server there, or give --nats another URL."
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        return f"No answer from {address}: is it stopped, or a firewall between? Check the URL of --nats."
+    if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError
+        return f"{address} has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one."
+    return f"Cannot reach {address}: {error.strerror or error}; check the URL of --nats."
+
+
+def nats_addresses(text: str) -> list[NatsAddress]:
+    """Return the addresses in a list of URLs; raise what argparse turns into a usage error, without what is secret."""
+    try:
+        return [NatsAddress(url) for url in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            "not a URL like nats://HOST:PORT or tls://HOST:PORT, with USER:PASSWORD@ or TOKEN@ before HOST if need be"
+        ) from None
+
+
+def word(text: str) -> str:
+    """Return the name of a room or a server; raise what argparse turns into a usage error."""
+    if not SERVER_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name: letters, digits, _ and -, {SERVER_NAME_CHARACTERS} at most"
+        )
+    return text
+
+
+class DiscreetParser(argparse.ArgumentParser):
+    """A parser that repeats no secret when arguments are wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"://\S*@", "://...@", message))
+
+
+def add_link_options(option: Callable[..., object]) -> None:
+    """Add the options of the link to those of the command line."""
+    option("--nats", type=nats_addresses, metavar="URL[,URL...]", help="share a room (default: MYCHAT_NATS, or do not)")
+    option("--room", type=word, metavar="NAME", help="the room to share (default: main)")
+    option("--server-name", type=word, metavar="NAME", help="what other servers call this one (default: the host's)")
+    option("--nats-ca", metavar="PEM", help="who may certify NATS (default: whom the system trusts)")
+
+
+def see_to_link_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in what was not given; end with a usage line when that is not possible."""
+    in_environment = os.environ.get("MYCHAT_NATS")
+    if options.nats is None and in_environment:
+        try:
+            options.nats = nats_addresses(in_environment)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"MYCHAT_NATS: {error}")
+    elif options.nats and any(address.login for address in options.nats):
+        warn("What is secret in --nats can be seen by all on this machine: give the URL in MYCHAT_NATS instead.")
+    if not options.nats:
+        if options.room or options.server_name or options.nats_ca:
+            parser.error("--room, --server-name and --nats-ca say more of --nats, which is missing")
+        return
+    own_name = re.sub("[^0-9A-Za-z_-]", "-", socket.gethostname().partition(".")[0])[:SERVER_NAME_CHARACTERS]
+    options.server_name = options.server_name or own_name or "server"
+    options.room = options.room or "main"
+
+
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
 
 
@@ -2167,7 +2809,7 @@ def number(least: int, most: int) -> Callable[[str], int]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
-    parser = argparse.ArgumentParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
+    parser = DiscreetParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
     option = parser.add_argument
     where = parser.add_mutually_exclusive_group().add_argument
     where("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
@@ -2206,10 +2848,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
     option("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
     option("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
+    add_link_options(option)
     option("--version", action="version", version=f"mychatserver {__version__}")
     options = parser.parse_args(argv)
     if options.tls_key is not None and options.tls_cert is None:
         parser.error("--tls-key is the key of a certificate: give --tls-cert too")
+    see_to_link_options(parser, options)
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
         options.host = options.host[1:-1]
     return options
@@ -2235,7 +2879,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warn(listening_problem(error, options.host, options.port))
             return 1
         console, errors = Stream(1), Stream(2)
-        writers: list[Writer] = [console, errors]
+        writers: list[Writer | Link] = [console, errors]
         log = None
         if options.log is not None:
             try:
@@ -2244,12 +2888,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warn(f"Cannot write to {options.log}: {error.strerror}; give --log another file.")
                 return 1
             writers.insert(0, log)
-        discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
-        say_where(console, errors, listener, guests, options.lan, discovery is not None)
-        threading.stack_size(STACK_BYTES)
-        sys.setswitchinterval(SWITCH_SECONDS)
         places = Places(options.max_clients, options.max_per_host)
         room = Room(console, log, places, options.quiet, options.announce, options.history)
+        link = Link(room, console, errors, options) if options.nats else None
+        if link:
+            link.connect()
+            writers.append(link)
+        discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
+        say_where(console, errors, listener, guests, options.lan, discovery is not None)
+        if link:
+            link.start()
+        threading.stack_size(STACK_BYTES)
+        sys.setswitchinterval(SWITCH_SECONDS)
         status = Server(listener, room, console, errors, guests, discovery, new_client).run()
         for writer in writers:
             writer.close()

@@ -43,7 +43,7 @@ SERVER = HERE.parent / "mychatserver.py"
 LOOPBACK = "127.0.0.1"
 LINE_BYTES = 32  # sender, number, time sent, newline
 LINE = re.compile(rb"(\d{4})(\d{7})(\d{20})\r?\n")
-LABELLED = re.compile(rb"(\d+(?:-\d+)?):(\d{4})(\d{7})(\d{20})")
+LABELLED = re.compile(rb"(\d+(?:-\d+)?(?:@\w+)?):(\d{4})(\d{7})(\d{20})")
 NUMBERS = 2_000  # an endless flood repeats these
 GIVE_UP_SECONDS = 60.0  # without a line that is due
 TYPIST = 9_999  # the number of the sender who types
@@ -106,6 +106,16 @@ class Ncat(Rival):
 
     def greet(self, sock: socket.socket) -> None:
         receive_until(sock, b"\n")  # it tells who else is there; its queue of those who connect is short
+
+
+class Linked(Rival):
+    """One of several servers that share a room over a NATS on a port."""
+
+    def __init__(self, nats_port: int, name: str) -> None:
+        self._options = ["--nats", f"nats://{LOOPBACK}:{nats_port}", "--server-name", name]
+
+    def command(self, port: int) -> list[str]:
+        return super().command(port) + self._options
 
 
 class Nats(Rival):
@@ -234,9 +244,10 @@ class Served:
         self.rival.greet(sock)
         self.socks.append(sock)
 
-    def all_served(self) -> None:
+    def all_served(self, elsewhere: Sequence[socket.socket] = ()) -> None:
         """Wait until everybody hears everybody: the last to connect says something until all others have heard it."""
         *others, last = self.socks
+        others += elsewhere
         line = self.rival.frame(numbered(TYPIST, 1))
         waiting = {sock.fileno(): sock for sock in others}
         poller = select.epoll()
@@ -254,12 +265,12 @@ class Served:
             if time.monotonic() > deadline:
                 raise Failed(f"{len(waiting)} clients hear nothing")
         poller.close()
-        self._settle()
+        self._settle(elsewhere=elsewhere)
 
-    def _settle(self, seconds: float = 0.5) -> None:
+    def _settle(self, seconds: float = 0.5, elsewhere: Sequence[socket.socket] = ()) -> None:
         """Read what is said until nothing has come for so long."""
         poller = select.epoll()
-        by_descriptor = {sock.fileno(): sock for sock in self.socks}
+        by_descriptor = {sock.fileno(): sock for sock in (*self.socks, *elsewhere)}
         for descriptor in by_descriptor:
             poller.register(descriptor, select.EPOLLIN)
         while ready := poller.poll(seconds):
@@ -702,6 +713,77 @@ def curve(clients: int, rival: Rival, quick: bool) -> Figures:
     return pour(rival, clients, clients, 20 if quick else 40)
 
 
+def linked(clients: int, talkers: int, seconds: float) -> Figures:
+    """Tell what two servers over one NATS deliver, half of all on each, and how much later, beside one with all.
+
+    The pace rises until a line is lost; the last one without counts.
+    """
+    alone = pour(Rival(), clients, talkers, 500)["M/s"]
+    added = [
+        linked_talk(count, talkers, 100, seconds)["p50 ms"] - talk(Rival(), count, talkers, 100, seconds)["p50 ms"]
+        for count in (clients, 2 * talkers + 2)
+    ]
+    pace, best = 4_000.0, Figures()
+    while True:
+        try:
+            best = linked_talk(clients, talkers, pace, seconds)
+        except Failed as problem:
+            if not best:
+                raise
+            print(f"  at {pace:,.0f} lines/s: {problem}", file=sys.stderr)
+            break
+        pace *= 1.2
+    several = {"added p50 ms": added[0], f"{2 * talkers + 2} clients": added[1]}
+    return {**best, "alone M/s": alone, "of alone": best["M/s"] / alone, **several}
+
+
+def linked_talk(clients: int, talkers: int, pace: float, seconds: float) -> Figures:
+    """Have people on two servers say so many lines a second in all; raise Failed unless everybody hears all of it."""
+    with contextlib.ExitStack() as stack:
+        nats = stack.enter_context(Served(Nats(), 0))
+        time.sleep(0.5)  # in which it has begun to listen
+        halves = [stack.enter_context(Served(Linked(nats.port, name), clients // 2)) for name in ("paris", "oslo")]
+        for half, other in (halves, halves[::-1]):
+            half.all_served(other.socks)
+        counted: list[socket.socket] = []
+        talking: list[socket.socket] = []
+        probed: list[socket.socket] = []
+        for half in halves:
+            *others, probe_of_half = half.socks
+            probed.append(probe_of_half)
+            talking += others[: talkers // 2]
+            counted += others
+        lines = int(pace * seconds) // talkers * talkers
+        own = lines // talkers
+        expected = [lines - own if sock in talking else lines for sock in counted]
+        counting = Worker(count_all, counted, expected, True)
+        speaking = Worker(speak, halves[0].rival, talking, 0, pace, lines / pace)
+        watching = [Worker(probe, halves[0].rival, sock, 2 * seconds + 2, lines) for sock in probed]
+        with workers(counting, speaking, *watching):
+            started = time.monotonic()
+            for worker in (*watching, counting, speaking):
+                worker.start()
+            seen = [worker.result()[0] for worker in watching]
+            done, counting_cpu = counting.result(2.0)
+            _, speaking_cpu = speaking.result()
+        elapsed = done - started
+        delays: list[float] = []
+        for first, of_probe in zip((talkers // 2, 0), seen):  # of those who talk on the other server
+            for sender in range(first, first + talkers // 2):
+                delays += of_probe["delays"].get(sender, [])
+        if len(delays) != lines:
+            raise Failed(f"{lines - len(delays)} of {lines} lines from the other server are missing")
+        if elapsed > lines / pace + 0.5:
+            raise Failed(f"the last line comes {elapsed - lines / pace:.1f} s late")
+        return {
+            "M/s": (sum(expected) + 2 * lines) / elapsed / 1e6,
+            "pace lines/s": pace,
+            "p50 ms": percentile(delays, 0.5),
+            "p99 ms": percentile(delays, 0.99),
+            "load %": 100 * max(counting_cpu, speaking_cpu) / elapsed,
+        }
+
+
 def thread_count(served: Served) -> int:
     return len(os.listdir(f"/proc/{served.process.pid}/task"))
 
@@ -726,12 +808,16 @@ CELLS: dict[str, tuple[str, Cell]] = {
         lambda rival, quick: pour(WithTls(rival), 11, 1, 100_000 if quick else 1_000_000),
     ),
     "holdtls": ("500 clients with TLS come and leave", lambda rival, quick: hold(WithTls(rival), 500)),
+    "linked": (
+        "2,000 clients, 10 talk, on two servers over NATS",
+        lambda rival, quick: linked(2_000, 10, 1 if quick else 3),
+    ),
     "hold": ("10,000 clients come and leave", lambda rival, quick: hold(rival, 10_000)),
 }
 for talkers in (125, 250, 500, 1_000):
     CELLS[f"curve{talkers}"] = f"{talkers:,} clients, all send", functools.partial(curve, talkers)
 QUICK = ("flood", "alltalk", "latency", "quiet")
-OURS_ALONE = ("holdtls", "hold", "curve125", "curve250", "curve500", "curve1000")
+OURS_ALONE = ("holdtls", "linked", "hold", "curve125", "curve250", "curve500", "curve1000")
 
 
 # --- The report -------------------------------------------------------------------------------------------------------
