@@ -544,9 +544,9 @@ def connect(host: str, port: int) -> socket.socket:
     raise problem
 
 
-def connecting_problem(error: NotConnected | WrongPassword | OSError | UnicodeError, host: str, port: int) -> str:
+def connecting_problem(error: NotConnected | Hopeless | OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
-    if isinstance(error, (NotConnected, WrongPassword)):
+    if isinstance(error, (NotConnected, Hopeless)):
         return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"Unknown host {host!r}: check the spelling; a port comes behind it, after a blank."
@@ -814,11 +814,13 @@ class Conversation:
         self._waiting = True
         try:
             self._password.known = self._password.known or self._screen.secret()
+            if self._password.known == b"exit":
+                return False
             self._password.answer(self._sock, self._entered)
             if self._entered:
                 self._screen.notice(TOO_EARLY)
             return True
-        except WrongPassword as error:
+        except Hopeless as error:
             self._problem = str(error)
         except (NotConnected, OSError) as error:
             if self._connect_again:  # the receive thread finds it lost too, and connects with what is known now
@@ -895,7 +897,7 @@ class Conversation:
         try:
             while problem and self._connect_again and not (self._turned_away or self._leaving or self._ctrl_c):
                 problem = self._show_what_comes() if self._reconnect(self._connect_again) else None
-        except WrongPassword as error:
+        except Hopeless as error:
             problem = str(error)
         self._problem = problem
         self._received_all = True
@@ -1008,10 +1010,6 @@ class Conversation:
 # --- A password: what some servers ask for before anything else -------------------------------------------------------
 
 
-class WrongPassword(Exception):
-    """The server does not take our password; the text says so as one sentence."""
-
-
 class Password:
     """What a server may ask for, as far as it is known."""
 
@@ -1036,7 +1034,7 @@ class Password:
     def answer(self, sock: socket.socket, tries: int = 0) -> None:
         """Give the password, where ``tries`` other lines may count as tries; block until the server takes it.
 
-        Raises WrongPassword, NotConnected, or OSError, a time-out after ANSWER_SECONDS among them.
+        Raises Hopeless, NotConnected, or OSError, a time-out after ANSWER_SECONDS among them.
         """
         self.was_asked = True
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -1048,7 +1046,7 @@ class Password:
                 break
         sock.settimeout(None)
         if reply == b"* wrong password\n":
-            raise WrongPassword("Wrong password: ask whoever runs the server for it, and try again.")
+            raise Hopeless("Wrong password: ask whoever runs the server for it, and try again.")
         if reply != b"* password accepted\n":
             said = clean(reply).decode().strip("* \n") or "it closed the connection"
             raise NotConnected(f"The server has not let us in: {said}; try again later.")
@@ -1149,6 +1147,10 @@ class NotConnected(Exception):
     """Why there is no connection, and what to do, as one sentence."""
 
 
+class Hopeless(Exception):
+    """The same, where there is no use in trying again by itself: the wrong password, the wrong certificate."""
+
+
 def find_servers() -> list[tuple[str, str, int]]:
     """Ask the network for servers that were started with ``--lan``; return the name, address and port of each.
 
@@ -1232,7 +1234,7 @@ def tls_context(authority: str | None) -> ssl.SSLContext:
 def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) -> TlsSocket:
     """Return a connection with TLS on it, of a server that has shown that it is ``host``; close ``sock`` if it is not.
 
-    Blocks HANDSHAKE_SECONDS at most. Raises NotConnected.
+    Blocks HANDSHAKE_SECONDS at most. Raises NotConnected, or Hopeless for a server that is another or has no TLS.
     """
     import ssl
 
@@ -1245,14 +1247,13 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
             unless_secure.pop_all()
             return secure
     except ssl.SSLCertVerificationError as error:
-        problem = certificate_problem(error, where)
+        raise Hopeless(certificate_problem(error, where)) from None
     except TimeoutError:
         problem = f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
     except ssl.SSLError as error:
         if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
-            problem = f"No TLS at {where}: leave --tls out, or give another port."
-        else:
-            problem = f"No TLS with {where}: {error.reason}; check that its TLS is 1.2 or newer."
+            raise Hopeless(f"No TLS at {where}: leave --tls out, or give another port.") from None
+        problem = f"No TLS with {where}: {error.reason}; check that its TLS is 1.2 or newer."
     except OSError:  # as mychatserver.py ends it when it has no certificate
         problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
     except ValueError:
@@ -1270,7 +1271,7 @@ def certificate_problem(error: ssl.SSLCertVerificationError, where: str) -> str:
     if code == 9:
         return f"The certificate of {where} is not valid yet: check the date on both machines."
     if code in (2, 18, 19, 20, 21):  # nobody known has signed it
-        return f"The certificate of {where} is not trusted: give --tls-ca its PEM file, from whoever runs that server."
+        return f"The certificate of {where} is not trusted: give --tls-ca the PEM file of whoever runs that server."
     return f"The certificate of {where} does not do: {error.verify_message}; ask whoever runs that server."
 
 
@@ -1660,7 +1661,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if options.lan:
                     options.host, options.port = the_server_found()
                 sock = join()
-            except (NotConnected, WrongPassword, OSError, UnicodeError) as error:
+            except (NotConnected, Hopeless, OSError, UnicodeError) as error:
                 warn(connecting_problem(error, options.host, options.port))
                 forget_typed()
                 return 1

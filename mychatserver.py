@@ -1696,10 +1696,10 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 class Guests:
     """Decides by address and password who may come in, and holds each to a pace."""
 
-    def __init__(self, networks: Sequence[Network], password: bytes, rate: int | None, tls: bool) -> None:
+    def __init__(self, networks: Sequence[Network], password: bytes, rate: int | None, certificate: str | None) -> None:
         self.networks = networks  # all there are, if there is none
         self.password = password  # nobody is asked for one, if there is none
-        self.tls = tls
+        self.certificate = certificate  # the file, with TLS
         self._rate = rate  # lines a second
         self._waiting = Places(*WAITING_MAX, "too many at the door", "newcomers")
 
@@ -1721,7 +1721,7 @@ class Guests:
         reason why it may not enter, Quit when it leaves meanwhile, OSError when it is gone.
         """
         blocks = client.blocks(PACED_READ_BYTES if self._rate else READ_BYTES)
-        if not (self.password or self.tls):
+        if not (self.password or self.certificate):
             client.prepare()
             return blocks
         self._waiting.take(client)
@@ -1870,7 +1870,8 @@ def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
             raise Unusable(f"Cannot read {path}: {error.strerror}; give {option} a PEM file.") from None
         if not is_there:
             what = "certificate" if mark.endswith(b"CERTIFICATE-----") else "private key"
-            raise Unusable(f"There is no {what} in {path}: give {option} a PEM file that has one.")
+            or_key = "" if key or what == "certificate" else ", or --tls-key the key's"
+            raise Unusable(f"There is no {what} in {path}: give {option} a PEM file that has one{or_key}.")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # as newer libraries have it anyway
@@ -1885,6 +1886,21 @@ def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
             ) from None
         raise Unusable(f"Cannot use {certificate}: {error.reason}; make a new one as the README tells.") from None
     return context
+
+
+def asked_of_clients(certificate: str) -> tuple[str, list[str]]:
+    """Return the option that a client needs, and the names that it may join by if the certificate is self-signed.
+
+    One that an authority has signed is for the names that people know; the library does not tell them.
+    """
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(certificate)
+    for found in context.get_ca_certs():
+        if found["subject"] == found["issuer"]:
+            return f" --tls-ca {certificate}", [str(name[1]) for name in found.get("subjectAltName", ())]
+    return " --tls", []
 
 
 class TlsClient(Client):
@@ -2734,24 +2750,27 @@ def say_where(console: Writer, errors: Writer, listener: socket.socket, guests: 
     host, port = listener.getsockname()[:2]
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
     if not ipaddress.ip_address(host).is_loopback:
-        if guests.password and not guests.tls:
+        if guests.password and not guests.certificate:
             errors.say("The password, and all that is said, crosses the network unencrypted: --tls-cert encrypts it.")
         elif not guests.password:
             who = "Anyone from the networks of --allow" if guests.networks else "Anyone who can reach this server"
             way_back = "without --lan the chat stays" if lan else "--host 127.0.0.1 keeps the chat"
-            errors.say(f"{who} can join: {way_back} on this machine.")
+            errors.say(f"{who} can join: {way_back} on this machine, --password-file asks for a password.")
         # A thread, because the system may take its time to look up this machine's name.
-        threading.Thread(target=say_how_to_join, args=(console, host, port, found, guests.tls), daemon=True).start()
+        threading.Thread(
+            target=say_how_to_join, args=(console, host, port, found, guests.certificate), daemon=True
+        ).start()
 
 
-def say_how_to_join(console: Writer, host: str, port: int, found: bool, tls: bool) -> None:
+def say_how_to_join(console: Writer, host: str, port: int, found: bool, certificate: str | None) -> None:
     """Show what others type to join. Blocks while the system looks up this machine's name."""
-    command = f"Others join with: python mychatclient.py{' --tls' if tls else ''}"
-    if found:
-        console.say(f"{command} --lan")
+    option, names = asked_of_clients(certificate) if certificate is not None else ("", [])
+    command = f"Others join with: python mychatclient.py{option}"
     others = addresses_for_others(host)
-    for address in others:
-        console.say(f"{command} {address}{'' if port == DEFAULT_PORT else f' {port}'}")
+    if found and (not names or set(names) & set(others)):
+        console.say(f"{command} --lan")
+    for name in names or others:
+        console.say(f"{command} {name}{'' if port == DEFAULT_PORT else f' {port}'}")
     if not others:
         console.say("No address was found that others could join by: is this machine on a network?")
 
@@ -2869,7 +2888,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.tls_cert is not None:
             new_client = functools.partial(TlsClient, tls_context(options.tls_cert, options.tls_key))
         password = password_from(options.password_file)
-        guests = Guests(options.allow, password, options.rate, options.tls_cert is not None)
+        guests = Guests(options.allow, password, options.rate, options.tls_cert)
         try:
             if options.lan:
                 listener = open_listener_everywhere(options.port)

@@ -126,7 +126,7 @@ class Addresses(Guests):
             ("fe80::/10", "fe80::1%lo", "fec0::1"),
         ):
             with self.subTest(text):
-                guests = mychatserver.Guests([mychatserver.network(text)], b"", None, False)
+                guests = mychatserver.Guests([mychatserver.network(text)], b"", None, None)
                 self.assertTrue(guests.are_allowed_from(inside))
                 self.assertFalse(guests.are_allowed_from(outside))
         with Program(sys.executable, SERVER, "--allow", "10.0.0.0/33") as program:

@@ -182,7 +182,7 @@ class Certificates(TestCase):
             (("--tls-cert", key_alone), f"There is no certificate in {key_alone}: "),
             (
                 ("--tls-cert", trust()),
-                f"There is no private key in {trust()}: give --tls-cert a PEM file that has one.",
+                f"There is no private key in {trust()}: give --tls-cert a PEM file that has one, or --tls-key",
             ),
             (("--tls-cert", trust(), "--tls-key", text), f"There is no private key in {text}: give --tls-key a PEM"),
             (("--tls-cert", damaged), f"Cannot use {damaged}: "),
@@ -227,7 +227,7 @@ class Certificates(TestCase):
 
     def test_the_join_line_has_the_option(self) -> None:
         with TlsServer("--host", "0.0.0.0") as server:
-            self.assertRegex(server.line(), r"^Others join with: python mychatclient.py --tls \d|^No address was found")
+            self.assertRegex(server.line(), r"^Others join with: python mychatclient.py --tls(-ca \S+)? \S|^No address")
 
 
 class Reference(test_reference.ReferenceConversation):
@@ -249,8 +249,8 @@ class Trust(TestCase):
     def test_unknown_expired_or_of_another_name(self) -> None:
         """Nobody of these is seen in the room."""
         for name, options, sentence in (
-            ("good", ("--tls",), "is not trusted: give --tls-ca its PEM file, from whoever runs that server."),
-            ("good", ("--tls-ca", trust("named")), "is not trusted: give --tls-ca its PEM file"),
+            ("good", ("--tls",), "is not trusted: give --tls-ca the PEM file of whoever runs that server."),
+            ("good", ("--tls-ca", trust("named")), "is not trusted: give --tls-ca the PEM file"),
             ("expired", ("--tls-ca", trust("expired")), "has expired: whoever runs that server has to make a new one."),
             ("named", ("--tls-ca", trust("named")), "is for another name: join by a name or address that it has."),
         ):
@@ -323,7 +323,9 @@ class Trust(TestCase):
         command = command.replace("chat.example.org", "localhost").replace("192.168.1.23", LOOPBACK)
         subprocess.run(command, shell=True, cwd=folder, check=True, timeout=SECONDS, capture_output=True)
         certificate, key = str(folder / "cert.pem"), str(folder / "key.pem")
-        with Server("--tls-cert", certificate, "--tls-key", key) as server:
+        with Server("--host", "0.0.0.0", "--tls-cert", certificate, "--tls-key", key) as server:
+            way = f"Others join with: python mychatclient.py --tls-ca {certificate}"
+            server.expect(*(f"{way} {host} {server.port}" for host in HOSTS))
             for host in HOSTS:
                 with client(server.port, "--tls-ca", certificate, host=host) as program:
                     program.expect(GREETING)
