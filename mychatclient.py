@@ -107,6 +107,7 @@ ASK_SECONDS = 0.25  # until the question is asked again: a datagram may be lost,
 ASKS = 3, 8  # least, so that a second server is noticed too, and most, when nobody answers
 MOST_FOUND = 20  # servers: a rude neighbour could answer for thousands
 
+X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
 HANDSHAKE_SECONDS = 10.0  # in which a server must have shown that it speaks TLS, and whose it is
 TLS_PIECE_BYTES = 65_536  # encrypted at once, when what was encrypted before is sent
 TLS_OUTPUT_BYTES = 65_536  # unsent, that a server's TLS may have ours answer
@@ -1228,6 +1229,10 @@ def tls_context(authority: str | None) -> ssl.SSLContext:
     except OSError as error:
         raise NotConnected(f"Cannot read {authority}: {error.strerror}; give --tls-ca a PEM file.") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of which nothing could be sent
+    if authority is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
+        context.verify_flags |= X509_V_FLAG_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # ... and one that openssl has made, as on those before
     return context
 
 
@@ -1292,10 +1297,10 @@ class TlsSocket(socket.socket):
         self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._output, server_hostname=host)
         self._ciphertext = memoryview(b"")  # out of the output, to be sent first
+        self._seconds: float | None = None  # that who reads or sends may wait
         # Only who reads uses what follows.
         self._text = b""  # decrypted, not yet read
         self._at_end = False  # the server has said its end (close_notify)
-        self._seconds: float | None = None  # that it may wait
         super().__init__(sock.family, sock.type, sock.proto, sock.detach())
         self.setblocking(False)
 
@@ -1341,6 +1346,8 @@ class TlsSocket(socket.socket):
         while not self._text and not self._at_end:
             self._wait_for(selectors.EVENT_READ)
             self._read()
+        if flags & socket.MSG_PEEK and not self._at_end:
+            self._read()  # who looks again wants more, if there is more by now
         text = self._text[:size]
         if not flags & socket.MSG_PEEK:
             self._text = self._text[size:]
@@ -1417,7 +1424,7 @@ class TlsSocket(socket.socket):
         with selectors.DefaultSelector() as selector:
             selector.register(self, event)
             if not selector.select(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                raise TimeoutError
+                raise TimeoutError(errno.ETIMEDOUT, "timed out")
 
     # Call with the lock held
 

@@ -1959,7 +1959,8 @@ class TlsClient(Client):
         if not self.has_input(HANDSHAKE_SECONDS) or not self._sock.recv(1, socket.MSG_PEEK).startswith(TLS_HELLO[:1]):
             raise Refused("this server speaks TLS: join with mychatclient.py --tls")
         while not self._is_secure:
-            if not ready(self._sock, selectors.EVENT_READ, max(0.0, deadline - time.monotonic())):
+            seconds = deadline - time.monotonic()
+            if seconds <= 0 or not ready(self._sock, selectors.EVENT_READ, seconds):
                 raise TimeoutError
             data = self._sock.recv(READ_BYTES)
             if not data:

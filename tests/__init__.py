@@ -2,6 +2,8 @@
 
 import signal
 
-# A shell's background job ignores Ctrl-C, and so would the programs that the tests start.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job ignores Ctrl-C, and under nohup a hang-up: so would the programs that the tests start.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGQUIT", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)  # Windows has only the first
+    if number and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)

@@ -531,6 +531,10 @@ def needs_command(name: str, package: str) -> Callable[[Any], Any]:
     return unittest.skipUnless(found, f"needs {name}: install {package}")
 
 
+# For what takes long and is the same on every Python: .ci/run has it run on one of them.
+once = unittest.skipIf("MYCHAT_SHORT" in os.environ, "needs time: MYCHAT_SHORT leaves it out")
+
+
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.socket() as sock:

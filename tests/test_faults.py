@@ -15,7 +15,7 @@ import time
 import unittest
 from collections.abc import Callable
 
-from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Peer, Server, TestCase, eventually
+from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Peer, Server, TestCase, eventually, once
 
 FAULT_SECONDS = float(os.environ.get("MYCHAT_FAULT_SECONDS", "12"))
 ROUND_SECONDS = 4.0
@@ -134,6 +134,7 @@ def vanish(port: int, dice: random.Random) -> None:
 WAYS = talk, flood, stall, crawl, half_close, cut, garbage, long_line, rename, leave
 
 
+@once
 @unittest.skipUnless(sys.platform == "linux", "needs Linux: what it tells of a process")
 class Faults(TestCase):
     def test_the_well_behaved_notice_nothing(self) -> None:

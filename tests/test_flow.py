@@ -23,6 +23,7 @@ from tests.support import (
     eventually,
     needs_command,
     numbered_lines,
+    once,
 )
 
 MB = 1_000_000
@@ -110,6 +111,7 @@ class Flow(TestCase):
         self.background.join()
         listener.check(expected)
 
+    @once
     def test_a_reader_at_200_kb_a_second_with_4_mb_waiting_loses_nothing(self) -> None:
         """Nor of the 40 MB that someone pours meanwhile: the pourer waits for the reader."""
         pourer, slow = self.peer(), self.peer(receive_buffer=65_536)
@@ -226,6 +228,7 @@ class Flow(TestCase):
             peer.wait_for(label, f"number {number}")
         peer.read_to_end()
 
+    @once
     def test_twenty_readers_that_stop_in_a_pour_are_let_go(self) -> None:
         """At different moments; the rest get all of it, and memory stays under 40 MB over the start."""
         pourer, reader = self.peer(), self.peer()

@@ -14,7 +14,7 @@ import threading
 import unittest
 
 from tests import bench
-from tests.support import LOOPBACK, SECONDS, Background, Listener, Peer, Server, TestCase, as_heard, eventually
+from tests.support import LOOPBACK, SECONDS, Background, Listener, Peer, Server, TestCase, as_heard, eventually, once
 from tests.support import numbered_lines as lines_of
 
 MB = 1_000_000
@@ -73,6 +73,7 @@ class Flooders:
             sock.close()
 
 
+@once
 class Many(TestCase):
     def setUp(self) -> None:
         self.server = Server("--quiet")
@@ -218,6 +219,7 @@ class Many(TestCase):
 
 
 @LINUX
+@once
 class Benchmark(TestCase):
     """It fails when it should, and runs."""
 
