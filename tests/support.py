@@ -531,6 +531,30 @@ def needs_command(name: str, package: str) -> Callable[[Any], Any]:
     return unittest.skipUnless(found, f"needs {name}: install {package}")
 
 
+def heard_line_by_line(test: TestCase, peers: list[Peer], background: Background, count: int) -> list[list[bytes]]:
+    """Have all talk at once, so many lines each; fail unless each hears all of the others', once and in order."""
+    heard: list[list[bytes]] = [[] for _ in peers]
+
+    def talk(peer: Peer) -> None:
+        for number in range(count):
+            peer.say(f"{number}")
+
+    def listen(peer: Peer, lines: list[bytes]) -> None:
+        while len(lines) < count * (len(peers) - 1):
+            lines.append(peer.line())
+
+    for peer, lines in zip(peers, heard):
+        background.run(listen, peer, lines)
+        background.run(talk, peer)
+    background.join()
+    for peer, lines in zip(peers, heard):
+        for other in peers:
+            own = f"{other.label}:".encode()
+            numbers = [int(line[len(own) :]) for line in lines if line.startswith(own)]
+            test.assertEqual(numbers, [] if other is peer else list(range(count)))
+    return heard
+
+
 # For what takes long and is the same on every Python: .ci/run has it run on one of them.
 once = unittest.skipIf("MYCHAT_SHORT" in os.environ, "needs time: MYCHAT_SHORT leaves it out")
 

@@ -21,6 +21,7 @@ from tests.support import (
     TestCase,
     as_heard,
     eventually,
+    heard_line_by_line,
     needs_command,
     numbered_lines,
     once,
@@ -49,27 +50,8 @@ class Flow(TestCase):
 
     def test_one_order_for_all_under_twenty_talkers(self) -> None:
         """Each hears every line of every other once, whole, and in the order in which all others hear them."""
-        count, talkers = 500, 20
-        peers = [self.peer() for _ in range(talkers)]
-        heard: list[list[bytes]] = [[] for _ in peers]
-
-        def talk(peer: Peer) -> None:
-            for number in range(count):
-                peer.say(f"{number}")
-
-        def listen(peer: Peer, lines: list[bytes]) -> None:
-            while len(lines) < count * (talkers - 1):
-                lines.append(peer.line())
-
-        for peer, lines in zip(peers, heard):
-            self.background.run(listen, peer, lines)
-            self.background.run(talk, peer)
-        self.background.join()
-        for peer, lines in zip(peers, heard):
-            for other in peers:
-                own = f"{other.label}:".encode()
-                numbers = [int(line[len(own) :]) for line in lines if line.startswith(own)]
-                self.assertEqual(numbers, [] if other is peer else list(range(count)))
+        peers = [self.peer() for _ in range(20)]
+        heard = heard_line_by_line(self, peers, self.background, 500)
         for one, lines in zip(peers, heard):
             for other, others_lines in zip(peers, heard):
                 skipped = (f"{one.label}:".encode(), f"{other.label}:".encode())

@@ -37,6 +37,7 @@ from tests.support import (
     as_heard,
     eventually,
     free_port,
+    heard_line_by_line,
     home_made_server,
     needs_command,
     numbered_lines,
@@ -475,27 +476,8 @@ class Flow(TestCase):
 
     def test_twenty_talkers_line_by_line(self) -> None:
         """Each hears every line of every other once, whole and in order; half of them speak TLS 1.2."""
-        count, talkers = 200, 20
-        peers = [self.peer(version=VERSIONS[number % 2]) for number in range(talkers)]
-        heard: list[list[bytes]] = [[] for _ in peers]
-
-        def talk(peer: Peer) -> None:
-            for number in range(count):
-                peer.say(f"{number}")
-
-        def listen(peer: Peer, lines: list[bytes]) -> None:
-            while len(lines) < count * (talkers - 1):
-                lines.append(peer.line())
-
-        for peer, lines in zip(peers, heard):
-            self.background.run(listen, peer, lines)
-            self.background.run(talk, peer)
-        self.background.join()
-        for peer, lines in zip(peers, heard):
-            for other in peers:
-                own = f"{other.label}:".encode()
-                numbers = [int(line[len(own) :]) for line in lines if line.startswith(own)]
-                self.assertEqual(numbers, [] if other is peer else list(range(count)))
+        peers = [self.peer(version=VERSIONS[number % 2]) for number in range(20)]
+        heard_line_by_line(self, peers, self.background, 200)
 
     def test_a_slow_reader_in_a_flood_loses_nothing_and_one_that_stops_is_let_go(self) -> None:
         pourer, quick = self.peer(), self.peer()
