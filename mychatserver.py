@@ -22,7 +22,7 @@ The threads, and who owns what
     handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
     writers         one each for standard output, standard error and the log, however slow those are.
     With ``--lan`` the server thread also answers the questions of ``mychatclient.py --lan``: see Discovery.
-    With ``--nats`` two more threads join this room with those of other servers: see Link.
+    With ``--nats`` three more threads join this room with those of other servers: see Link.
 
 The relay
     Handlers read blocks of lines, not lines. One handler at a time has the turn: it takes what the others have put
@@ -45,6 +45,7 @@ import functools
 import hmac
 import ipaddress
 import itertools
+import json
 import os
 import re
 import secrets
@@ -57,6 +58,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, Union
+from urllib.parse import SplitResult, unquote, urlsplit
 
 if TYPE_CHECKING:
     import ssl  # at run time only where somebody asks for TLS: some Pythons have none
@@ -132,15 +134,14 @@ TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers 
 TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer, unsent or at once: hundreds of new keys
 NATS_PORT = 4222
 SERVER_NAME_CHARACTERS = 32  # with a suffix and a person's name no longer than clients take for a label
-LINK_BYTES = 1_048_576  # kept for the other servers while the link is lost or slow; and the largest message
-LINK_LINE_BYTES = 4 * MAX_LINE_BYTES  # of a line from another server: cleaning may make three bytes of one
-LINK_WORDS_BYTES = 65_536  # of what is no line, each way: what NATS says of itself is the longest
-LINK_CONNECT_SECONDS = 5.0  # for NATS to take the connection, and us
+LINK_MESSAGE_BYTES = 1_048_576  # of a message: more is not looked at
+LINK_LINE_BYTES = (
+    4 * MAX_LINE_BYTES
+)  # of a line from elsewhere, as cleaning may make three bytes of one; and sent at once
+LINK_WORDS_BYTES = 65_536  # of what is no message: what NATS says of itself is the longest
 LINK_ASK_SECONDS = 0.5  # in which another server of our name has said so
-LINK_SIGN_SECONDS = 10.0  # between two signs of life, and for NATS to give one when asked
-LINK_TRUST_SECONDS = 1.0  # without an answer from NATS: then lines are kept, as it may have stopped
+LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to give one; also to take the connection, and us
 LINK_PAUSES = 0.5, 10.0  # seconds before trying to connect again: at first, doubling up to this
-LINK_HOLD_SECONDS = 11.0  # in which other servers should be back after a cut that was theirs too
 HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
 SERVERS_REMEMBERED = 10_000  # a stranger may make up more
 
@@ -691,11 +692,15 @@ class Writer:
                     return
                 text = b"".join(self._queue)
                 if self._lines_missed:  # all of them, chat at least, came behind what is in the queue, which was full
-                    text += f"* {self._lines_missed} lines {self.MISSED}\n".encode()
+                    text += self._tell_missed(self._lines_missed)
                 self._queue, self._bytes, self._lines_missed = [], 0, 0
             missed = self._write(text)
             with self._changed:
                 self._lines_missed += missed
+
+    def _tell_missed(self, lines: int) -> bytes:
+        """Return the line to write that tells of lines that were missed."""
+        return f"* {lines} lines {self.MISSED}\n".encode()
 
     def _write(self, text: bytes) -> int:
         """Write whole lines; block as long as that takes; return how many to count as missed."""
@@ -1044,7 +1049,7 @@ class Room:
         if self._log:
             self._log.say(notice)
         if self._announce and not self._closed:  # else nobody can get it
-            others = (member for member in self._members if not isinstance(member, Writer) and member is not client)
+            others = (member for member in self._members if member not in (client, self._console, self._log))
             self._tell(others, notice)
 
     def _tell(self, members: Iterable[Member], notice: str) -> None:
@@ -2086,65 +2091,178 @@ class TlsClient(Client):
 # --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
 
 SERVER_NAME = re.compile(f"[0-9A-Za-z_-]{{1,{SERVER_NAME_CHARACTERS}}}")
-NATS_URL = re.compile(r"(nats|tls)://(?:(.*)@)?(\[[0-9A-Fa-f:.]+\]|[^][:/@,\s]+)(?::(\d{1,5}))?/?")
-NATS_MESSAGE = re.compile(rb"MSG (\S+) \S+ (?:\S+ )?(\d{1,9})\r\n")
-SUBJECT = re.compile(rb"mychat\.[\w-]+\.([0-9A-Za-z_-]{1,40})\.(\w{1,16})\.(\d{1,9})\.(said|here|ask|to)(?:\.\w+)?")
+NATS_MESSAGE = re.compile(rb"MSG (\S+) \S+ (?:\S+ )?(\d{1,8})\r\n")
+SUBJECT = re.compile(rb"mychat\.[\w-]+\.([0-9A-Za-z_-]{1,40})\.(\w{1,16})\.(\d{1,9})\.(said|ask)")
 
 
 class Unlinked(Unusable):
     """Why there is no link to the other servers, and what to do, as one sentence."""
 
 
-class NatsAddress:
-    """Where a NATS is, and what lets us in. It has no repr, because that is a secret."""
-
-    def __init__(self, url: str) -> None:
-        """Raise ValueError when ``url`` is none."""
-        from urllib.parse import unquote  # few need it
-
-        found = NATS_URL.fullmatch(url)
-        if not found or not 0 < int(found[4] or NATS_PORT) <= 65_535:
-            raise ValueError
-        self.is_encrypted = found[1] == "tls"
-        self.host, self.port = found[3].strip("[]"), int(found[4] or NATS_PORT)
-        user, colon, password = (found[2] or "").partition(":")
-        self.login = {"user": unquote(user), "pass": unquote(password)} if colon else {}
-        if user and not colon:
-            self.login = {"auth_token": unquote(user)}
-
-    def __str__(self) -> str:
-        return f"NATS at {self.host} port {self.port}"
-
-
 def abroad(lines: bytes, server: bytes) -> bytes:
     """Return lines, and notices of people, as other servers show them: ``@server`` behind each label."""
-    at = b"@" + server
-    label, colon, _ = lines.partition(b":")
-    mark = label + at + colon
-    if colon and lines.count(b"\n" + label + colon) == lines.count(b"\n") - 1:  # of one speaker: twice as fast
-        return mark + lines[len(label + colon) :].replace(b"\n" + label + colon, b"\n" + mark)
-    mark = at + b":"
-    return b"\n".join(
-        [line.replace(b":", mark, 1) if line[:1] != b"*" else notice_abroad(line, at) for line in lines.split(b"\n")]
-    )
-
-
-def notice_abroad(line: bytes, at: bytes) -> bytes:
-    words = line.split(b" ")  # * LABEL joined, * LABEL left, * LABEL is now LABEL
-    return b" ".join(word + at if index in (1, 4) else word for index, word in enumerate(words))
+    lines = re.sub(rb"(?m)^((?:\* )?[^ :\n]+)", rb"\1@" + server, lines)
+    return re.sub(rb"(?m)^(\* \S+ is now \S+)$", rb"\1@" + server, lines)
 
 
 def admitted(message: bytes, server: bytes) -> bytes:
-    """Return the lines of a message that are whole, clean, not too long, and of people on ``server``.
-
-    Costs for 64 KiB, in lines of 32 bytes, 150 us if all are.
-    """
-    lines = clean(message[: message.rfind(b"\n") + 1])
+    """Return the lines of a message that are whole, clean, not too long, and of people on ``server``."""
     label = rb"[^ \t\n:*@]{1,96}@" + server
-    if len(lines) <= LINK_LINE_BYTES and not re.search(rb"\n(?!%s:)" % label, b"\n" + lines[:-1]):
-        return lines
-    theirs = rb"\n(?=((?:%s:|\* %s (?:joined|left|is now %s)(?=\n)).{,%d}\n))" % (label, label, label, LINK_LINE_BYTES)
-    return b"".join(re.findall(theirs, b"\n" + lines))
+    theirs = rb"(?m)^(?:%s:.{,%d}|\* %s (?:joined|left|is now %s))\n" % (label, LINK_LINE_BYTES, label, label)
+    return b"".join(re.findall(theirs, clean(message[: message.rfind(b"\n") + 1])))
+
+
+class Nats:
+    """A connection to one NATS, in its protocol: docs.nats.io, "NATS Client Protocol".
+
+    One thread takes what comes, any may send. When something raises OSError or Unlinked, it is over.
+    """
+
+    def __init__(
+        self, address: SplitResult, certificates: str | None, greeting: bytes, sign: Callable[[], bytes]
+    ) -> None:
+        """Connect and greet; then send what ``sign`` returns now and then. Raise OSError or Unlinked.
+
+        Blocks as long as NATS goes on with its answers, LINK_SIGN_SECONDS at most between two of them.
+        """
+        self._name = nats_name(address)
+        self._sign = sign
+        self._input = bytearray()
+        self._sock = socket.create_connection((address.hostname, address.port or NATS_PORT), LINK_SIGN_SECONDS)
+        # Guards the socket, which with TLS stands one call at a time, and how often we asked whether NATS has it all.
+        self._using = threading.Lock()
+        self._pings = 0
+        # Guards what follows; notified when that changes.
+        self._changed = threading.Condition()
+        self._pongs = 0
+        self._is_over = False
+        # Only the thread that takes uses what follows.
+        self._heard_at = time.monotonic()
+        self.sign_due = self._heard_at + LINK_SIGN_SECONDS
+        self._asked = 1
+        try:
+            self._log_in(address, certificates, greeting)
+        except BaseException:
+            self.close()
+            raise
+
+    def _log_in(self, address: SplitResult, certificates: str | None, greeting: bytes) -> None:
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        verb, _, info = self._line().partition(b" ")
+        if verb == b"-ERR":
+            raise self._complaint(info)
+        try:
+            told = json.loads(info if verb == b"INFO" else b"")
+            most, speaks_tls = int(told["max_payload"]), told.get("tls_required") or told.get("tls_available")
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            raise self._no_nats() from None
+        self.most_bytes = min(most, LINK_LINE_BYTES)  # of one message
+        if told.get("tls_required") or address.scheme == "tls":
+            if not speaks_tls:
+                raise Unlinked(f"{self._name} does not speak TLS: set it up there, or give a URL with nats://.")
+            self._input.clear()  # what follows in the clear could be anybody's
+            self._sock = encrypted(self._sock, address.hostname, certificates)
+        user, password = (unquote(text or "") for text in (address.username, address.password))
+        secret = {"auth_token": user} if address.password is None else {"user": user, "pass": password}
+        login = {"verbose": False, "pedantic": False, "echo": False, "name": "mychatserver", **(secret if user else {})}
+        self.send(b"CONNECT %s\r\n%s" % (json.dumps(login).encode(), greeting))
+        while not self._pongs:
+            self.take()
+
+    # Runs in the thread that takes
+
+    def take(self) -> tuple[bytes, bytes] | None:
+        """Wait for what NATS says next; return the subject and the payload if it is a message."""
+        line = self._line()
+        if message := NATS_MESSAGE.fullmatch(line):
+            payload = self._read(int(message[2]) + 2)[:-2]
+            return (message[1], payload) if len(payload) <= LINK_MESSAGE_BYTES else None
+        verb, _, rest = line.partition(b" ")
+        if verb == b"PING\r\n":
+            self.send(b"PONG\r\n")
+        elif verb == b"PONG\r\n":
+            with self._changed:
+                self._pongs += 1
+                self._changed.notify_all()
+        elif verb == b"-ERR":
+            raise self._complaint(rest)
+        elif verb not in (b"INFO", b"+OK\r\n"):
+            raise self._no_nats()
+        return None
+
+    def close(self) -> None:
+        self._shut()
+        with self._using:  # or the number of the descriptor could become that of another, with a send still going on
+            self._sock.close()
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+
+    def _line(self) -> bytes:
+        while b"\r\n" not in self._input:
+            if len(self._input) > LINK_WORDS_BYTES:
+                raise self._no_nats()
+            self._input += self._received()
+        return self._read(self._input.index(b"\r\n") + 2)
+
+    def _read(self, size: int) -> bytes:
+        while len(self._input) < size:
+            self._input += self._received()
+        data = bytes(self._input[:size])
+        del self._input[:size]
+        return data
+
+    def _received(self) -> bytes:
+        while (wait := self.sign_due - time.monotonic()) <= 0 or not ready(self._sock, selectors.EVENT_READ, wait):
+            self._give_sign()
+        with self._using:
+            data = self._sock.recv(READ_BYTES)  # no less than TLS decrypts at once, or nobody would know of the rest
+        if not data:
+            raise Unlinked(f"{self._name} has closed the connection: its log may say why.")
+        self._heard_at = time.monotonic()
+        return data
+
+    def _give_sign(self) -> None:
+        """Send the sign of life that is due, unless NATS has not given any since the last."""
+        now = time.monotonic()
+        if self._pongs < self._asked and now - self._heard_at >= LINK_SIGN_SECONDS:
+            raise socket.timeout
+        self._asked = self.send(self._sign())
+        self.sign_due = now + LINK_SIGN_SECONDS
+
+    def _no_nats(self) -> Unlinked:
+        return Unlinked(f"What answers is not {self._name}: check the URL of --nats.")
+
+    def _complaint(self, text: bytes) -> Unlinked:
+        if b"Authorization" in text:
+            return Unlinked(f"{self._name} does not let us in: check user and password, or token, in the URL.")
+        words = clean(text[:200].strip(b"' \r\n")).decode()
+        return Unlinked(f"{self._name} says {words!r}: its log may say more.")
+
+    # Called from any thread
+
+    def send(self, words: bytes) -> int:
+        """Send, and ask NATS whether it has it; return the number of its answer. Blocks LINK_SIGN_SECONDS at most."""
+        with self._using:
+            self._sock.sendall(words + b"PING\r\n")
+            self._pings += 1
+            return self._pings
+
+    def publish(self, message: bytes) -> bool:
+        """Send a message; return whether NATS has it. Blocks until that is known; does not raise."""
+        try:
+            number = self.send(message)
+        except OSError:
+            self._shut()  # or half a message would have the next for its rest
+            return False
+        with self._changed:
+            self._changed.wait_for(lambda: self._pongs >= number or self._is_over)
+            return self._pongs >= number
+
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError):  # NATS was faster
+            # Not the method of one with TLS, which first forgets the TLS: who sends just then would do so in the clear.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
 class Arrivals(Writer):
@@ -2164,111 +2282,52 @@ class Arrivals(Writer):
         return 0
 
 
-class Link:
-    """A member of the room and a speaker in it: the servers that share it, over NATS, docs.nats.io.
+class Link(Writer):
+    """A member of the room and a speaker in it: the servers that share it, over NATS.
 
-    It is given every batch of what is said here, which NATS brings to each other server once, and says here what they
-    said. It holds up nobody: what waits is bounded, the rest is counted, and the count said. Each server publishes
-    below mychat.ROOM.NAME alone, with the random ID of its process and the number of its connection:
-        mychat.ROOM.NAME.ID.NUMBER.said      whole lines, each with @NAME behind its label
-        mychat.ROOM.NAME.ID.NUMBER.here      a sign of life
-        mychat.ROOM.NAME.ID.NUMBER.ask       is another called NAME?
-        mychat.ROOM.NAME.ID.NUMBER.to.ASKER  the answer of everyone who is there, to the one with that ID
+    Writes what is said here to NATS, which brings it to each other server once, and says here what they said. Each
+    server publishes below mychat.ROOM.NAME alone, with the random ID of its process and the number of its connection:
+        mychat.ROOM.NAME.ID.NUMBER.said   whole lines, each with @NAME behind its label; without any, a sign of life
+        mychat.ROOM.NAME.ID.NUMBER.ask    who is there? And is another called NAME?
     A line is believed only below the NAME that it has; who may publish there is for NATS's permissions to say. What
     comes late, by an earlier connection, is dropped, or it would be out of order.
     """
 
+    MISSED = "not sent to the other servers"
     label = ""  # what it says has labels
     leaving = False
 
     def __init__(self, room: Room, console: Writer, errors: Writer, options: argparse.Namespace) -> None:
+        """Connect to the first NATS that answers. Blocks for seconds; raise Unlinked."""
         self.said = 0
         self._room = room
         self._console = console
         self._errors = errors
+        self._options = options
         self._arrivals = Arrivals(room, self)
-        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
-        self._closing = threading.Event()
-        # Guards what follows. Innermost lock.
-        self._lock = threading.Lock()
-        self._queue = bytearray()  # lines that were said here; in one piece, so that short ones take no more
-        self._lines_missed = 0
-        self._wake_is_sent = False
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        # Only one thread uses what follows, the main thread until ``start``, but for a copy of who was heard of.
-        self._heard: dict[bytes, tuple[float, bytes, int]] = {}  # when, and the last ID and NUMBER, by NAME
-        self._addresses: collections.deque[NatsAddress] = collections.deque(options.nats)  # the one in use first
-        self._certificates: str | None = options.nats_ca
-        self._room_name: bytes = options.room.encode()
-        self._given_name: bytes = options.server_name.encode()
-        self._name = self._given_name
+        # Only one thread uses what follows, the main thread until ``start``, then the reader; others look.
+        self._addresses: collections.deque[SplitResult] = collections.deque(options.nats)  # the one in use first
+        self._name: bytes = options.server_name.encode()
+        self._name_is_settled = False
         self._id = secrets.token_hex(8).encode()
         self._connections = 0
-        self._problem = ""  # why there is no connection, as said last
-        self._text = b""  # lines ready to be sent: the rest of what was taken from the queue,
-        self._text_name = b""  # with this name of ours
-        # Lines wait for our name to be settled, and after a cut, which may have been theirs too, for these servers.
-        self._settled = self._all_back = 0.0  # when that is enough; and when something is due again:
-        self._next_tick = self._next_sign = 0.0
-        self._awaited: set[bytes] = set()
-        self._name_told = b""
-        self._forget_connection()
-
-    def _forget_connection(self) -> None:
-        self._not_now: tuple[type[OSError], ...] = (BlockingIOError,)
-        self._info: dict[str, object] = {}  # what NATS says of itself
-        self._input = bytearray()
-        self._skipping = 0  # bytes to come of a message that is too large
-        self._pongs_due = 0
-        self._asked = 0.0  # when the first of them was asked for
-        self._unconfirmed = False  # lines were sent since
-        self._own_words = bytearray()  # our part of the protocol, to be sent before lines
-        self._frame = memoryview(b"")  # what is being sent
-        self._framed = 0  # the bytes of the text in it
+        self._heard: dict[bytes, tuple[float, bytes, int]] = {}  # when, and the last ID and NUMBER, by NAME
+        super().__init__("link")
+        # Guarded by the writer's condition.
+        self._nats: Nats | None = self._connected()
+        self._speaks_from = 0.0
 
     # Runs in the main thread
 
-    def connect(self) -> None:
-        """Connect to the first NATS that answers. Blocks for seconds; raises Unlinked."""
-        for tries_left in reversed(range(len(self._addresses))):
-            try:
-                self._connect()
-                return
-            except Unlinked:
-                if not tries_left:
-                    raise
-                self._addresses.rotate(-1)
-
     def start(self) -> None:
-        """Join the room, and begin."""
+        """Settle our name, and join the room. Blocks LINK_ASK_SECONDS, in which another of that name has said so."""
+        threading.Thread(target=self._read, name="link reader", daemon=True).start()
+        time.sleep(LINK_ASK_SECONDS)
+        self._name_is_settled = True
+        self._tell_name()
         self._room.add(self)
-        self._thread.start()
 
-    def close(self) -> None:
-        """Have the thread end when NATS has all that is queued. Does not block."""
-        self._closing.set()
-        with self._lock:
-            self._wake()
-
-    def join(self, seconds: float) -> None:
-        """Wait for the end of the thread, so many seconds at most."""
-        self._thread.join(seconds)
-
-    # Called from any thread, with the turn held
-
-    def give(self, pieces: Sequence[memoryview]) -> int:
-        if not pieces:
-            return 0
-        with self._lock:
-            if len(self._queue) > LINK_BYTES:
-                self._lines_missed += sum(bytes(piece).count(b"\n") for piece in pieces)
-            else:
-                for piece in pieces:
-                    self._queue += piece
-                self._wake()
-        return 0
+    # Called from any thread
 
     def elsewhere(self) -> str:
         """Return what a list of who is here ends with: the servers that were heard of in the last minute."""
@@ -2279,358 +2338,178 @@ class Link:
         more = f" and {len(names) - WHO_SHOWN} more" if len(names) > WHO_SHOWN else ""
         return f", and people on {', '.join(names[:WHO_SHOWN])}{more}"
 
-    def _wake(self) -> None:  # call with the lock held
-        if not self._wake_is_sent:
-            self._wake_is_sent = True
-            with contextlib.suppress(BlockingIOError):  # full: then it will wake anyway
-                self._wake_writer.send(b"\0")
+    # Runs in the writer's thread
 
-    # Runs in the link's thread
-
-    def _run(self) -> None:
-        pause = 0.0
-        while True:
-            connected = time.monotonic()
-            try:
-                self._serve()
-                return
-            except (Unlinked, OSError) as error:
-                self._say_problem(error)
-            cut = time.monotonic()
-            self._sock.close()
-            self._arrivals.say("* link to the other servers lost")
-            self._awaited = {name for name, (when, _, _) in self._heard.items() if cut - when < HEARD_SECONDS}
-            if cut - connected > LINK_PAUSES[1]:
-                pause = 0.0
-            while True:
-                pause = min(max(LINK_PAUSES[0], 2 * pause), LINK_PAUSES[1])
-                if self._closing.wait(pause):
-                    return
-                if self._connects_again():
-                    break
-            self._arrivals.say("* link restored")
-
-    def _connects_again(self) -> bool:
-        self._addresses.rotate(-1)
-        try:
-            self._connect()
-        except Unlinked as problem:
-            self._say_problem(problem)
-            return False
-        self._problem = ""
-        return True
-
-    def _say_problem(self, error: Unlinked | OSError) -> None:
-        text = str(error) if isinstance(error, Unlinked) else linking_problem(error, self._addresses[0])
-        if text != self._problem:
-            self._problem = text
-            self._errors.say(text)
-
-    def _serve(self) -> None:
-        """Send and read, until closed and NATS has everything. Raise OSError or Unlinked when the link is lost."""
-        self._next_tick = self._next_sign = self._settled = time.monotonic() + LINK_ASK_SECONDS
-        self._all_back = time.monotonic() + LINK_HOLD_SECONDS
-        self._hear(b"said")
-        is_last_ping = False
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_reader, selectors.EVENT_READ)
-            selector.register(self._sock, selectors.EVENT_READ)
-            while True:
-                more = self._send()
-                if self._closing.is_set() and not more and not is_last_ping:
-                    self._ping()
-                    is_last_ping = more = True
-                elif is_last_ping and not self._pongs_due:
-                    return
-                selector.modify(self._sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if more else 0))
-                for key, events in selector.select(max(0.0, self._next_tick - time.monotonic())):
-                    if key.fileobj is self._wake_reader:
-                        self._woken()
-                    elif events & selectors.EVENT_READ:
-                        self._take_in(self._received())
-                        time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
-                if time.monotonic() >= self._next_tick:
-                    self._tick()
-
-    def _woken(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # read empty
-            while True:
-                self._wake_reader.recv(4096)
-        self._wake_is_sent = False  # before the queue is looked at: who adds something from here on wakes us again
-
-    def _tick(self) -> None:
-        """Once a second: say what was missed; see whether NATS lives; now and then, give a sign of life."""
-        now = time.monotonic()
-        self._next_tick = now + 1.0
-        with self._lock:
-            missed, self._lines_missed = self._lines_missed, 0
+    def _write(self, text: bytes) -> int:
+        """Publish lines; say how many are missed, as NATS is too small for them or was lost before it had them."""
+        name, missed = self._name, 0
+        lines = abroad(text, name)
+        while lines:
+            nats = self._when_linked()
+            some = front(lines, nats.most_bytes)
+            lines = lines[len(some) :]
+            if len(some) > nats.most_bytes or not nats.publish(self._message(name, b"said", some)):
+                missed += some.count(b"\n")
         if missed:
-            self._arrivals.say(f"* {missed} lines not sent to the other servers")
-        if self._pongs_due and now - self._asked >= LINK_SIGN_SECONDS:
-            raise Unlinked(f"{self._addresses[0]} does not answer: is it stopped, or the network down?")
-        if not self._pongs_due and (self._unconfirmed or now >= self._next_sign):
-            self._ping()
-        if now >= self._next_sign:
-            self._next_sign = now + LINK_SIGN_SECONDS
-            if self._name != self._name_told:
-                self._name_told = self._name
-                self._console.say(f"Linked to room {self._room_name.decode()} as {self._name.decode()}")
-            self._publish(b"here")
+            self._tell_missed(missed)
+        return 0
 
-    # Sending
+    def _tell_missed(self, lines: int) -> bytes:
+        """Tell our own people, and the others nothing."""
+        self._arrivals.say(super()._tell_missed(lines).decode().rstrip())
+        return b""
 
-    def _send(self) -> bool:
-        """Send one message, or what the socket takes of it; return whether there is more to send."""
-        if self._frame or self._next_frame():
-            try:
-                self._frame = self._frame[self._sock.send(self._frame) :]
-            except self._not_now:
-                return True
-            if not self._frame:
-                self._text = self._text[self._framed :]
-                self._unconfirmed |= self._framed > 0
-        return bool(self._frame or self._own_words or (self._may_speak() and (self._text or self._queue)))
+    def _when_linked(self) -> Nats:
+        """Wait for a connection, and for the other servers' own: who was cut with us may be a pause behind."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._nats)
+                nats, seconds = self._nats, self._speaks_from - time.monotonic()
+            if nats and seconds <= 0:
+                return nats
+            time.sleep(seconds)
 
-    def _may_speak(self) -> bool:
-        now = time.monotonic()
-        is_awaiting = now < self._settled or (now < self._all_back and self._awaited)
-        is_answered = not self._pongs_due or now - self._asked < LINK_TRUST_SECONDS
-        return (is_answered and not is_awaiting) or self._closing.is_set()
-
-    def _next_frame(self) -> bool:
-        """Make what is sent next; return whether there is something. A line for which NATS is too small is missed."""
-        self._framed = 0
-        if self._own_words:
-            self._frame, self._own_words = memoryview(bytes(self._own_words)), bytearray()
-        while not self._frame and self._may_speak() and (self._text or self._take_text()):
-            some = front(self._text, self._most_bytes())
-            if len(some) > self._most_bytes():
-                with self._lock:
-                    self._lines_missed += 1
-                self._text = self._text[len(some) :]
-            else:
-                self._frame = memoryview(self._message(b"said", self._text_name, some))
-                self._framed = len(some)
-        return bool(self._frame)
-
-    def _take_text(self) -> bool:
-        with self._lock:
-            end = self._queue.rfind(b"\n", 0, READ_BYTES) + 1 or self._queue.find(b"\n") + 1
-            lines = bytes(self._queue[:end])
-            del self._queue[:end]
-        self._text_name = self._name
-        self._text = abroad(lines, self._name)
-        return bool(lines)
-
-    def _most_bytes(self) -> int:
-        told = self._info.get("max_payload")
-        return min(told, LINK_BYTES) if isinstance(told, int) and told > 0 else LINK_BYTES
-
-    def _message(self, kind: bytes, name: bytes, payload: bytes = b"") -> bytes:
-        subject = b"mychat.%s.%s.%s.%d.%s" % (self._room_name, name, self._id, self._connections, kind)
+    def _message(self, name: bytes, kind: bytes, payload: bytes = b"") -> bytes:
+        subject = b"mychat.%s.%s.%s.%d.%s" % (self._options.room.encode(), name, self._id, self._connections, kind)
         return b"PUB %s %d\r\n%s\r\n" % (subject, len(payload), payload)
 
-    def _publish(self, kind: bytes) -> None:
-        self._say(self._message(kind, self._name))
+    # Runs in the reader's thread
 
-    def _ping(self) -> None:
-        if not self._pongs_due:
-            self._asked = time.monotonic()
-        self._pongs_due += 1
-        self._unconfirmed = False
-        self._say(b"PING\r\n")
-
-    def _say(self, words: bytes) -> None:
-        if len(self._own_words) < LINK_WORDS_BYTES:  # else NATS asks and does not read
-            self._own_words += words
-
-    # Receiving
-
-    def _received(self) -> bytes:
-        """Return what has come, nothing if that is not now; raise Unlinked at end-of-file."""
-        try:
-            data = self._sock.recv(READ_BYTES)  # no less than TLS decrypts at once, or a selector would miss the rest
-        except self._not_now:
-            return b""
-        if not data:
-            raise Unlinked(f"{self._addresses[0]} has closed the connection: its log may say why.")
-        return data
-
-    def _take_in(self, data: bytes) -> None:
-        """Do what NATS says, as far as it is complete. Raise Unlinked when that is no NATS, or has a complaint."""
-        self._input += data
-        start, arrived = 0, []
-        try:
-            while True:
-                skipped = min(self._skipping, len(self._input) - start)
-                self._skipping -= skipped
-                start += skipped
-                message = NATS_MESSAGE.match(self._input, start)
-                if message and int(message[2]) > LINK_BYTES:  # nobody of ours sends as much
-                    self._skipping, start = int(message[2]) + 2, message.end()
+    def _read(self) -> None:
+        """Hear the other servers; when the link is lost, find another. Does not end: the process does."""
+        pause = 0.0
+        while nats := self._nats:
+            since = time.monotonic()
+            try:
+                while True:
+                    if message := nats.take():
+                        self._hear(nats, *message)
+            except (Unlinked, OSError) as error:
+                problem = linking_problem(error, self._addresses[0])
+            self._errors.say(problem)
+            self._arrivals.say("* link to the other servers lost")
+            with self._changed:
+                self._nats = None
+            nats.close()
+            if time.monotonic() - since > LINK_PAUSES[1]:
+                pause = 0.0
+            while not self._nats:
+                pause = next_pause(pause)
+                time.sleep(pause)
+                try:
+                    found = self._connected()
+                except Unlinked as error:
+                    if str(error) != problem:
+                        problem = str(error)
+                        self._errors.say(problem)
                     continue
-                end = message.end() + int(message[2]) if message else self._input.find(b"\r\n", start)
-                if not start <= end <= len(self._input) - 2:
-                    break
-                if message:
-                    arrived.append(self._heard_from(message[1], bytes(self._input[message.end() : end])))
-                else:
-                    self._told(bytes(self._input[start:end]))
-                start = end + 2
-        finally:  # what came before a complaint counts
-            del self._input[:start]
-            if pieces := [memoryview(lines) for lines in arrived if lines]:
-                self._arrivals.give(pieces)
-        if not message and len(self._input) > LINK_WORDS_BYTES:
-            raise self._no_nats()
+                with self._changed:
+                    self._nats, self._speaks_from = found, time.monotonic() + next_pause(pause)
+                    self._changed.notify()
+            self._arrivals.say("* link restored")
 
-    def _no_nats(self) -> Unlinked:
-        return Unlinked(f"What answers is not {self._addresses[0]}: check the URL of --nats.")
+    def _connected(self) -> Nats:
+        """Return a connection to the first NATS that answers; raise Unlinked, with the last problem, when none does."""
+        for tries_left in range(len(self._addresses) - 1, -1, -1):
+            address = self._addresses[0]
+            self._connections += 1
+            greeting = b"SUB mychat.%s.> 1\r\n" % self._options.room.encode() + self._message(self._name, b"ask")
+            try:
+                return Nats(address, self._options.nats_ca, greeting, lambda: self._message(self._name, b"said"))
+            except (Unlinked, OSError, UnicodeError) as error:
+                self._addresses.rotate(-1)
+                if not tries_left:
+                    raise Unlinked(linking_problem(error, address)) from None
+        raise AssertionError("no address")
 
-    def _told(self, line: bytes) -> None:
-        verb, _, rest = line.partition(b" ")
-        if verb == b"PING":
-            self._say(b"PONG\r\n")
-        elif verb == b"PONG":
-            self._pongs_due = max(0, self._pongs_due - 1)
-        elif verb == b"INFO":
-            self._info = parsed_info(rest)
-            if not self._info:
-                raise self._no_nats()
-        elif verb == b"-ERR" and b"Authorization" in rest:
-            raise Unlinked(f"{self._addresses[0]} does not let us in: check user and password, or token, in the URL.")
-        elif verb == b"-ERR":
-            complaint = clean(rest[:200]).decode("utf-8", "replace").replace("\n", " ").strip("' ")
-            raise Unlinked(f"{self._addresses[0]} says {complaint!r}: its log may say more.")
-        elif verb != b"+OK":
-            raise self._no_nats()
-
-    def _heard_from(self, subject: bytes, payload: bytes) -> bytes:
-        """Take note of another server; return the lines that its message has for our people."""
+    def _hear(self, nats: Nats, subject: bytes, payload: bytes) -> None:
         found = SUBJECT.fullmatch(subject)
-        if not found or found[2] == self._id:
-            return b""
+        if not found or found[2] == self._id:  # a stranger's, or our own by an earlier connection
+            return
         name, its_id, number, kind = found[1], found[2], int(found[3]), found[4]
-        if kind == b"ask":
-            self._publish(b"to." + its_id)
-            return b""
-        if name == self._name:  # a twin: both look for another name
-            suffix = "".join(secrets.choice("abcdefghijkmnpqrstuvwxyz23456789") for _ in range(4))
-            self._name = b"%s-%s" % (self._given_name, suffix.encode())
-            if time.monotonic() < self._settled:  # a name by chance needs no settling
-                self._settled = self._next_tick = self._next_sign = 0.0
-            return b""
+        if kind == b"ask":  # those who ask at once are told at once
+            nats.sign_due = min(nats.sign_due, time.monotonic() + LINK_ASK_SECONDS / 4)
+        if name == self._name:
+            if kind == b"said" or not self._name_is_settled:
+                self._take_another_name(nats)
+            return
         _, last_id, last_number = self._heard.get(name, (0.0, its_id, number))
         if last_id == its_id and number < last_number:
-            return b""
+            return
         if len(self._heard) >= SERVERS_REMEMBERED and name not in self._heard:
             self._heard.clear()
         self._heard[name] = time.monotonic(), its_id, number
-        self._awaited.discard(name)
-        return admitted(payload, name) if kind == b"said" else b""
+        if lines := admitted(payload, name) if kind == b"said" else b"":
+            self._arrivals.give([memoryview(lines)])
+        time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
 
-    # Connecting
+    def _take_another_name(self, nats: Nats) -> None:
+        """Be told from another server of our name; once, as a name by chance has no other, whatever a stranger says."""
+        given: bytes = self._options.server_name.encode()
+        if self._name == given:
+            suffix = "".join(secrets.choice("abcdefghijkmnpqrstuvwxyz23456789") for _ in range(4))
+            self._name = b"%s-%s" % (given, suffix.encode())
+            nats.sign_due = time.monotonic()
+            if self._name_is_settled:
+                self._tell_name()
 
-    def _connect(self) -> None:
-        """Have a connection to the first address, and ask for our name. Raise Unlinked.
-
-        Blocks LINK_CONNECT_SECONDS at most, for each of the host's addresses, and as long as the system looks it up.
-        """
-        address = self._addresses[0]
-        self._forget_connection()
-        with contextlib.ExitStack() as unless_connected:
-            try:
-                self._sock = socket.create_connection((address.host, address.port), LINK_CONNECT_SECONDS)
-                unless_connected.callback(lambda: self._sock.close())  # or the encrypted one in its place
-                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._log_in(address)
-                self._sock.setblocking(False)
-            except (OSError, UnicodeError) as error:
-                raise Unlinked(linking_problem(error, address)) from None
-            unless_connected.pop_all()
-
-    def _log_in(self, address: NatsAddress) -> None:
-        import json
-
-        deadline = time.monotonic() + LINK_CONNECT_SECONDS
-        greeting = b""
-        while not greeting.endswith(b"\r\n") and len(greeting) <= LINK_WORDS_BYTES:
-            greeting += self._next(deadline)
-        self._told(greeting[:-2])  # all of it: what follows INFO, before the encryption, could be anybody's
-        if not self._info:
-            raise self._no_nats()
-        if address.is_encrypted or self._info.get("tls_required"):
-            if not (self._info.get("tls_required") or self._info.get("tls_available")):
-                raise Unlinked(f"{address} does not speak TLS: set it up there, or give --nats a URL with nats://.")
-            self._encrypt(address.host)
-        self._connections += 1
-        login = {"verbose": False, "pedantic": False, "echo": False, "name": "mychatserver", **address.login}
-        self._say(b"CONNECT %s\r\n" % json.dumps(login).encode())
-        self._hear(b"ask", b"to." + self._id, b"here")
-        self._publish(b"ask")
-        self._ping()
-        while self._pongs_due:
-            self._take_in(self._next(deadline))
-
-    def _hear(self, *kinds: bytes) -> None:
-        for kind in kinds:
-            self._say(b"SUB mychat.%s.*.*.*.%s %s\r\n" % (self._room_name, kind, kind))
-
-    def _next(self, deadline: float) -> bytes:
-        """Send our own words, and wait for what comes; raise socket.timeout at the deadline."""
-        seconds = deadline - time.monotonic()
-        if seconds <= 0:
-            raise socket.timeout
-        self._sock.settimeout(seconds)
-        self._sock.sendall(self._own_words)
-        self._own_words.clear()
-        return self._received()
-
-    def _encrypt(self, host: str) -> None:
-        import ssl  # few need it
-
-        try:
-            context = ssl.create_default_context(cafile=self._certificates)
-        except OSError as error:
-            raise Unlinked(
-                f"Cannot use {self._certificates}: {error.strerror}; give --nats-ca certificates in PEM."
-            ) from None
-        self._not_now = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
-        self._sock = context.wrap_socket(self._sock, server_hostname=host)
+    def _tell_name(self) -> None:
+        self._console.say(f"Linked to room {self._options.room} as {self._name.decode()}")
 
 
-def parsed_info(text: bytes) -> dict[str, object]:
-    """Return what NATS says of itself; nothing when that is not JSON."""
-    import json  # few need it
+def next_pause(pause: float) -> float:
+    return min(max(LINK_PAUSES[0], 2 * pause), LINK_PAUSES[1])
+
+
+def encrypted(sock: socket.socket, host: str | None, certificates: str | None) -> socket.socket:
+    """Return the socket with TLS on it. Blocks as long as its timeout; raise OSError or Unlinked."""
+    import ssl  # few need it
 
     try:
-        info = json.loads(text)
-    except (ValueError, RecursionError):
-        info = None
-    return info if isinstance(info, dict) else {}
+        context = ssl.create_default_context(cafile=certificates)
+    except OSError as error:
+        raise Unlinked(f"Cannot use {certificates}: {error.strerror}; give --nats-ca certificates in PEM.") from None
+    return context.wrap_socket(sock, server_hostname=host)
 
 
-def linking_problem(error: OSError | UnicodeError, address: NatsAddress) -> str:
+def nats_name(address: SplitResult) -> str:
+    return f"NATS at {address.hostname} port {address.port or NATS_PORT}"
+
+
+def linking_problem(error: Exception, address: SplitResult) -> str:
     """Return one sentence that says why there is no link, and what to do."""
+    if isinstance(error, Unlinked):
+        return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {address.host!r}: check the URL of --nats."
+        return f"Unknown host {address.hostname!r}: check the URL of --nats."
     if isinstance(error, ConnectionRefusedError):
-        return f"No {address}: start nats-server there, or give --nats another URL."
-    if isinstance(error, (socket.timeout, TimeoutError)):
-        return f"No answer from {address}: is it stopped, or a firewall between? Check the URL of --nats."
+        return f"No {nats_name(address)}: start nats-server there, or give --nats another URL."
+    if isinstance(error, socket.timeout):
+        return f"No answer from {nats_name(address)}: is it stopped, or a firewall between? Check the URL of --nats."
     if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError
-        return f"{address} has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one."
-    return f"Cannot reach {address}: {error.strerror or error}; check the URL of --nats."
+        reason = f"has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one"
+        return f"{nats_name(address)} {reason}."
+    return f"Cannot reach {nats_name(address)}: {getattr(error, 'strerror', '') or error}; check the URL of --nats."
 
 
-def nats_addresses(text: str) -> list[NatsAddress]:
+def nats_addresses(text: str) -> list[SplitResult]:
     """Return the addresses in a list of URLs; raise what argparse turns into a usage error, without what is secret."""
     try:
-        return [NatsAddress(url) for url in text.split(",")]
-    except ValueError:
+        addresses = [urlsplit(url) for url in text.split(",")]
+        are_good = all(
+            address.scheme in ("nats", "tls")
+            and address.hostname
+            and address.port != 0
+            and address.path + address.query + address.fragment in ("", "/")
+            for address in addresses
+        )
+    except ValueError:  # no number for a port, half an IPv6 address
+        are_good = False
+    if not are_good:
         raise argparse.ArgumentTypeError(
             "not a URL like nats://HOST:PORT or tls://HOST:PORT, with USER:PASSWORD@ or TOKEN@ before HOST if need be"
-        ) from None
+        )
+    return addresses
 
 
 def word(text: str) -> str:
@@ -2665,7 +2544,7 @@ def see_to_link_options(parser: argparse.ArgumentParser, options: argparse.Names
             options.nats = nats_addresses(in_environment)
         except argparse.ArgumentTypeError as error:
             parser.error(f"MYCHAT_NATS: {error}")
-    elif options.nats and any(address.login for address in options.nats):
+    elif options.nats and any(address.username for address in options.nats):
         warn("What is secret in --nats can be seen by all on this machine: give the URL in MYCHAT_NATS instead.")
     if not options.nats:
         if options.room or options.server_name or options.nats_ca:
@@ -2899,7 +2778,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warn(listening_problem(error, options.host, options.port))
             return 1
         console, errors = Stream(1), Stream(2)
-        writers: list[Writer | Link] = [console, errors]
+        writers: list[Writer] = [console, errors]
         log = None
         if options.log is not None:
             try:
@@ -2912,7 +2791,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         room = Room(console, log, places, options.quiet, options.announce, options.history)
         link = Link(room, console, errors, options) if options.nats else None
         if link:
-            link.connect()
             writers.append(link)
         discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
         say_where(console, errors, listener, guests, options.lan, discovery is not None)
