@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import unicodedata
 import unittest
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ except ImportError:
 
 import mychatclient
 import mychatserver
-from mychatserver import Framer, clean, folded, labelled, name_problem, spoken
+from mychatserver import Framer, abroad, admitted, clean, folded, labelled, name_problem, spoken
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
 settings.register_profile("mychat", deadline=None, database=None, print_blob=True)
@@ -179,6 +180,61 @@ class Discovery(unittest.TestCase):
                 self.assertEqual(host, "10.0.0.1")
                 self.assertIn(port, range(1, 65_536))
                 self.assertTrue(data.startswith(b"mychat!1 aaaaaaaaaaaaaaaa "))
+
+
+class OtherServers(unittest.TestCase):
+    @given(
+        st.lists(st.binary(max_size=9) | STREAMS | st.sampled_from(["PING", "PONG", "+OK", "INFO {}"])),
+        st.lists(st.integers(0, 1_000)),
+    )
+    def test_however_the_bytes_are_cut_nats_says_the_same(self, said: list[bytes | str], cuts: list[int]) -> None:
+        frames = [
+            b"MSG a.%d 1 %d\r\n%s\r\n" % (number, len(words), words)
+            if isinstance(words, bytes)
+            else f"{words}\r\n".encode()
+            for number, words in enumerate(said)
+        ]
+        nats = mychatserver.Nats.__new__(mychatserver.Nats)  # without a connection
+        nats._input, nats._pongs, nats._changed = bytearray(), 0, threading.Condition()
+        with (
+            mock.patch.object(nats, "_received", side_effect=cut(b"".join(frames), cuts)),
+            mock.patch.object(nats, "send") as answers,
+        ):
+            taken = [nats.take() for _ in frames]
+        messages = [
+            (b"a.%d" % number, words) if isinstance(words, bytes) else None for number, words in enumerate(said)
+        ]
+        self.assertEqual(taken, messages)
+        self.assertEqual(
+            (nats._pongs, answers.mock_calls), (said.count("PONG"), [mock.call(b"PONG\r\n")] * said.count("PING"))
+        )
+
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from([b"a@p:", b"b@q:", b"a@a@p:", b"a b@p:", b"* a@p ", b"* a@q ", b"*", b""]),
+                st.sampled_from([b"joined", b"left", b"is now b@p", b"is now b@q", b""]),
+                st.just(b"") | STREAMS,
+            ).map(b"".join)
+        )
+    )
+    def test_whatever_comes_what_is_shown_is_whole_clean_and_of_its_server(self, words: list[bytes]) -> None:
+        message = b"\n".join(words)
+        shown = admitted(message, b"p")
+        self.assertEqual(clean(shown), shown)
+        lines = clean(message).split(b"\n")[:-1]
+        for line in shown.split(b"\n")[:-1]:
+            self.assertIn(line, lines)
+            self.assertRegex(line, rb"^([^ :*@\n]+@p:.*|\* [^ :*@\n]+@p (joined|left|is now [^ :*@\n]+@p))$")
+        self.assertTrue(shown == b"" or shown.endswith(b"\n"))
+
+    @given(st.lists(st.sampled_from([b"54358", b"ann", "é-2".encode()])), STREAMS)
+    def test_what_is_sent_to_another_server_is_admitted_there_unchanged(self, labels: list[bytes], text: bytes) -> None:
+        words = clean(text.replace(b"\n", b" "))
+        forms = b"%s:%s\n* %s is now %s\n* %s left\n", b"%s@p:%s\n* %s@p is now %s@p\n* %s@p left\n"
+        here, there = (b"".join(form % (label, words, label, label, label) for label in labels) for form in forms)
+        self.assertEqual(abroad(here, b"p"), there)
+        self.assertEqual(admitted(there, b"p"), there)
 
 
 class Console:
