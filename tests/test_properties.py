@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import unicodedata
 import unittest
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 from unittest import mock
 
 try:
@@ -20,6 +21,7 @@ except ImportError:
 import mychatclient
 import mychatserver
 from mychatserver import Framer, abroad, admitted, clean, folded, labelled, name_problem, spoken
+from tests.support import LOOPBACK, Peer, Server
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
 settings.register_profile("mychat", deadline=None, database=None, print_blob=True)
@@ -264,8 +266,141 @@ PEOPLE = st.integers(0, 9)
 WORDS = st.sampled_from(["ann", "Ann", "bob", "Zoë", "zoë", "1a", "you", "x" * 25, "a b", "nobody", "54358"])
 
 
-class Model(RuleBasedStateMachine):
-    """The room beside plain Python: one list of those who are here, and what each of them is to have heard.
+class Person(Protocol):
+    label: str
+
+
+Somebody = TypeVar("Somebody", bound=Person)
+
+
+class Model(RuleBasedStateMachine, Generic[Somebody]):
+    """A room beside plain Python: one list of those who are here, and what each of them is to have heard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here: list[Somebody] = []
+        self.expected: dict[Somebody, str] = {}
+        self.said: list[str] = []  # by anybody, to all
+        self.wrote: dict[Somebody, Somebody] = {}  # to each, privately, last
+
+    # What the two rooms below do each in its way
+
+    def enter(self, port: int, takes: int) -> Somebody:
+        raise NotImplementedError
+
+    def go(self, client: Somebody, way: str) -> None:
+        raise NotImplementedError
+
+    def type(self, client: Somebody, text: str) -> None:
+        raise NotImplementedError
+
+    def may_go(self) -> list[Somebody]:
+        return self.here
+
+    def may_speak(self) -> list[Somebody]:
+        return self.here
+
+    # What both are to do
+
+    def speaker(self, number: int) -> Somebody | None:
+        able = self.may_speak()
+        return able[number % len(able)] if able else None
+
+    def tell(self, clients: Iterable[Somebody], *lines: str) -> None:
+        for client in clients:
+            self.expected[client] += "".join(f"{line}\n" for line in lines)
+
+    def others(self, client: Somebody) -> list[Somebody]:
+        return [other for other in self.here if other is not client]
+
+    def who(self, client: Somebody) -> str:
+        names = (other.label + (" (you)" if other is client else "") for other in self.here)
+        return f"* {len(self.here)} here: {', '.join(names)}"
+
+    @rule(port=st.sampled_from([54_358, 54_383, 1]), takes=st.sampled_from([0, 30, 1 << 30]))
+    def join(self, port: int, takes: int) -> None:
+        client = self.enter(port, takes)
+        self.here.append(client)
+        last = self.said[-5:]
+        heading = [f"* the last {len(last)} lines:" if len(last) > 1 else "* the last line:"] if last else []
+        self.expected[client] = ""
+        self.tell([client], self.who(client), *heading, *last, *(["* live from here"] if last else []))
+        self.tell(self.others(client), f"* {client.label} joined")
+
+    @rule(number=PEOPLE, way=st.sampled_from(["exit", "close", "reset"]))
+    def leave(self, number: int, way: str) -> None:
+        able = self.may_go()
+        if able:
+            self.take_out(able[number % len(able)], way)
+
+    def take_out(self, client: Somebody, way: str) -> None:
+        self.go(client, way)
+        self.here.remove(client)
+        del self.expected[client]
+        self.tell(self.here, f"* {client.label} left")
+
+    @rule(number=PEOPLE, lines=st.lists(st.sampled_from(["Hi!", "a" * 40, "* x", "ann:no"]), min_size=1, max_size=4))
+    def say(self, number: int, lines: list[str]) -> None:
+        client = self.speaker(number)
+        if client:
+            self.type(client, "".join(f"{line}\n" for line in lines))
+            spoken = [f"{client.label}:{line}" for line in lines]
+            self.said += spoken
+            self.tell(self.others(client), *spoken)
+
+    @rule(number=PEOPLE, name=WORDS)
+    def rename(self, number: int, name: str) -> None:
+        client = self.speaker(number)
+        if not client:
+            return
+        old, folded_name = client.label, name.casefold()
+        self.type(client, f"/nick {name}\n")
+        if name in ("1a", "you", "x" * 25, "a b", "54358"):
+            reason = {
+                "you": "it is reserved",
+                "x" * 25: "24 characters at most",
+                "a b": "letters, digits, _, - and . only",
+            }
+            self.tell([client], f"* not a name: '{name}': {reason.get(name, 'it must begin with a letter')}")
+        elif any(other.label.casefold() == folded_name for other in self.others(client)):
+            self.tell([client], f"* name '{name}' is taken")
+        elif name != old:
+            client.label = name
+            self.tell(self.here, f"* {old} is now {name}")
+
+    @rule(number=PEOPLE, name=WORDS)
+    def write(self, number: int, name: str) -> None:
+        client = self.speaker(number)
+        if client and " " not in name:
+            self.type(client, f"/msg {name} psst\n")
+            found = [other for other in self.here if other.label.casefold() == name.casefold()]
+            self.tell(found, f"* {client.label} to you: psst")
+            self.wrote.update((other, client) for other in found)
+            if not found:
+                self.tell([client], f"* nobody here is called '{name}'")
+
+    @rule(number=PEOPLE)
+    def answer(self, number: int) -> None:
+        client = self.speaker(number)
+        if client:
+            self.type(client, "/r yes\n")
+            to = self.wrote.get(client)
+            if to in self.here:
+                self.tell([to], f"* {client.label} to you: yes")
+                self.wrote[to] = client
+            else:
+                self.tell([client], "* who wrote to you has left" if to else "* nobody has written to you privately")
+
+    @rule(number=PEOPLE)
+    def ask_who(self, number: int) -> None:
+        client = self.speaker(number)
+        if client:
+            self.type(client, "/who\n")
+            self.tell([client], self.who(client))
+
+
+class InMemory(Model[Connection]):
+    """A room without sockets, in which some are slow, late, and let go.
 
     One thread does in turn what the handlers do, so that it is known what comes next. A late client is not read: it
     says nothing here.
@@ -277,123 +412,35 @@ class Model(RuleBasedStateMachine):
         self.small.start()
         self.room = mychatserver.Room(cast(Any, Console()), quiet=True, announce=True, history=5)
         self.room._wait_on_time = lambda client: None  # type: ignore[method-assign]  # in which nobody else would run
-        self.here: list[Connection] = []
-        self.expected: dict[Connection, str] = {}
-        self.said: list[str] = []  # by anybody, to all
-        self.wrote: dict[Connection, Connection] = {}  # to each, privately, last
 
     def teardown(self) -> None:
         self.small.stop()
 
-    def person(self, number: int) -> Connection | None:
-        """Return somebody who is here, and not late."""
-        able = [client for client in self.here if client not in self.room._late]
-        return able[number % len(able)] if able else None
-
-    def tell(self, clients: Iterable[Connection], *lines: str) -> None:
-        for client in clients:
-            self.expected[client] += "".join(f"{line}\n" for line in lines)
-
-    def others(self, client: Connection) -> list[Connection]:
-        return [other for other in self.here if other is not client]
-
-    def who(self, client: Connection) -> str:
-        names = (other.label + (" (you)" if other is client else "") for other in self.here)
-        return f"* {len(self.here)} here: {', '.join(names)}"
-
-    @rule(port=st.sampled_from([54_358, 54_383, 1]), takes=st.sampled_from([0, 30, 1 << 30]))
-    def join(self, port: int, takes: int) -> None:
+    def enter(self, port: int, takes: int) -> Connection:
         client = Connection(cast(Any, None), ("10.0.0.1", port), lambda _: None)
         client.takes = takes
-        labels = {other.label for other in self.here}
-        label = next(label for label in (str(port), *(f"{port}-{n}" for n in range(2, 99))) if label not in labels)
-        self.here.append(client)
-        self.expected[client] = ""
         self.room.join(client)
-        assert client.label == label
-        last = self.said[-5:]
-        heading = [f"* the last {len(last)} lines:" if len(last) > 1 else "* the last line:"] if last else []
-        self.tell([client], self.who(client), *heading, *last, *(["* live from here"] if last else []))
-        self.tell(self.others(client), f"* {label} joined")
+        labels = {other.label for other in self.here}
+        assert client.label == next(
+            label for label in (str(port), *(f"{port}-{n}" for n in range(2, 99))) if label not in labels
+        )
+        return client
 
-    @rule(number=PEOPLE)
-    def leave(self, number: int) -> None:
-        if self.here:
-            self.take_out(self.here[number % len(self.here)])
-
-    @rule(number=PEOPLE)
-    def let_go(self, number: int) -> None:
-        if self.here:
-            client = self.here[number % len(self.here)]
+    def go(self, client: Connection, way: str) -> None:
+        if way == "reset":
             self.room.end(client)
-            self.take_out(client)
             assert client.behind == 0
-
-    def take_out(self, client: Connection) -> None:
         self.room.leave(client)
         self.room.leave(client)  # which may be repeated
-        self.here.remove(client)
-        del self.expected[client]
-        self.tell(self.here, f"* {client.label} left")
 
-    @rule(number=PEOPLE, lines=st.lists(st.sampled_from(["Hi!", "a" * 40, "* x", "ann:no"]), min_size=1, max_size=4))
-    def say(self, number: int, lines: list[str]) -> None:
-        client = self.person(number)
-        if client:
-            self.room.relay(client, "".join(f"{line}\n" for line in lines).encode())
-            spoken = [f"{client.label}:{line}" for line in lines]
-            self.said += spoken
-            self.tell(self.others(client), *spoken)
+    def type(self, client: Connection, text: str) -> None:
+        for lines, command in mychatserver.spoken(text.encode()):
+            self.room.relay(client, lines)
+            if command:
+                mychatserver.obey(self.room, client, command)
 
-    @rule(number=PEOPLE, name=WORDS)
-    def rename(self, number: int, name: str) -> None:
-        client = self.person(number)
-        if not client:
-            return
-        old, folded_name = client.label, name.casefold()
-        mychatserver.obey(self.room, client, f"/nick {name}")
-        if name in ("1a", "you", "x" * 25, "a b", "54358"):
-            reason = {
-                "you": "it is reserved",
-                "x" * 25: "24 characters at most",
-                "a b": "letters, digits, _, - and . only",
-            }
-            self.tell([client], f"* not a name: '{name}': {reason.get(name, 'it must begin with a letter')}")
-        elif any(other.label.casefold() == folded_name for other in self.others(client)):
-            self.tell([client], f"* name '{name}' is taken")
-        elif name != old:
-            assert client.label == name
-            self.tell(self.here, f"* {old} is now {name}")
-
-    @rule(number=PEOPLE, name=WORDS)
-    def write(self, number: int, name: str) -> None:
-        client = self.person(number)
-        if client and " " not in name:
-            mychatserver.obey(self.room, client, f"/msg {name} psst")
-            found = [other for other in self.here if other.label.casefold() == name.casefold()]
-            self.tell(found, f"* {client.label} to you: psst")
-            self.wrote.update((other, client) for other in found)
-            if not found:
-                self.tell([client], f"* nobody here is called '{name}'")
-
-    @rule(number=PEOPLE)
-    def answer(self, number: int) -> None:
-        client = self.person(number)
-        if client:
-            mychatserver.obey(self.room, client, "/r yes")
-            to = self.wrote.get(client)
-            if to in self.here:
-                self.tell([to], f"* {client.label} to you: yes")
-                self.wrote[to] = client
-            else:
-                self.tell([client], "* who wrote to you has left" if to else "* nobody has written to you privately")
-
-    @rule(number=PEOPLE)
-    def ask_who(self, number: int) -> None:
-        client = self.person(number)
-        if client:
-            self.room.who(client)
-            self.tell([client], self.who(client))
+    def may_speak(self) -> list[Connection]:
+        return [client for client in self.here if client not in self.room._late]
 
     @rule(number=PEOPLE, takes=st.sampled_from([1, 60, 150, 1 << 30]))
     def take(self, number: int, takes: int) -> None:
@@ -422,8 +469,66 @@ class Model(RuleBasedStateMachine):
         room = self.room
         assert not (room._queue or room._queue_bytes or room._queued or room._waiters)
         assert room._members == self.here
-        assert list(room._clients.values()) == self.here or set(room._clients.values()) == set(self.here)
+        assert set(room._clients.values()) == set(self.here)
+        assert set(room._clients) == {folded(client.label) for client in self.here}
 
 
-Model.TestCase.settings = settings(max_examples=400, stateful_step_count=50)
-Room = Model.TestCase
+class OverSockets(Model[Peer]):
+    """A real server, with somebody who only listens: what this one has heard is out. The others read when they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = contextlib.ExitStack()
+        self.server = self.stack.enter_context(Server("--announce", "--history", "5"))
+        self.last: Peer | None = None  # who has typed something
+        self.join(0, 0)
+
+    def teardown(self) -> None:
+        for peer in self.here:
+            self.read(peer)
+        self.stack.close()
+
+    def enter(self, port: int, takes: int) -> Peer:
+        peer: Peer = self.stack.enter_context(Peer(LOOPBACK, self.server.port))
+        return peer
+
+    def go(self, client: Peer, way: str) -> None:
+        if way == "exit":
+            client.send("exit\nnot said\n")
+        elif way == "reset":
+            client.reset()
+        else:
+            client.close()
+
+    def type(self, client: Peer, text: str) -> None:
+        client.send(f"{text}/x\n")
+        self.last = client
+
+    def may_go(self) -> list[Peer]:
+        return self.here[1:]
+
+    def may_speak(self) -> list[Peer]:
+        return self.here[1:]
+
+    @rule(number=PEOPLE)
+    def take(self, number: int) -> None:
+        self.read(self.here[number % len(self.here)])
+
+    @invariant()
+    def all_that_was_done_is_out(self) -> None:
+        if self.last:
+            self.tell([self.last], "* unknown command '/x': /help lists them, // sends a line that starts with /")
+            self.read(self.last)
+            self.last = None
+        self.read(self.here[0])
+        self.read(self.here[-1])  # it may have just come
+
+    def read(self, peer: Peer) -> None:
+        peer.expect(*self.expected[peer].split("\n")[:-1])
+        self.expected[peer] = ""
+
+
+InMemory.TestCase.settings = settings(max_examples=400, stateful_step_count=50)
+Room = InMemory.TestCase
+OverSockets.TestCase.settings = settings(max_examples=25, stateful_step_count=50)
+RoomOverSockets = OverSockets.TestCase
