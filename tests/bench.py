@@ -14,6 +14,7 @@ was measured. Linux only: it reads /proc.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import functools
@@ -864,6 +865,85 @@ def show(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+# --- The duel: one talks, some read, one never does -------------------------------------------------------------------
+
+DUEL_SECONDS = 20.0
+DUEL_READERS = 5
+DUEL_PACE = 50_000  # lines a second that are said, while the server takes them
+STEP_SECONDS = 0.02  # between two looks at all connections
+REDRAW_SECONDS = 0.2
+
+
+class Side:
+    """One server in the duel, and what its readers have heard."""
+
+    def __init__(self, served: Served) -> None:
+        served.all_served()
+        self.name = served.rival.name
+        self._talker, _, *self._readers = served.socks
+        self._text = self._rest = memoryview(numbered(0, NUMBERS))
+        assert served.process.stdout
+        self._console = served.process.stdout.fileno()
+        self._shown: collections.deque[tuple[float, int]] = collections.deque([(0.0, 0)], int(1 / REDRAW_SECONDS))
+        self.lines, self.last, self.longest = 0, 0.0, 0.0
+        self.let_go = 0.0  # when the one who never reads was, if it was: only our console tells
+
+    def step(self, now: float, due: int) -> None:
+        """Say so many bytes at most, and read what has come."""
+        with contextlib.suppress(BlockingIOError):
+            self._rest = self._rest[self._talker.send(self._rest[:due], socket.MSG_DONTWAIT) :] or self._text
+        for sock in self._readers:
+            with contextlib.suppress(BlockingIOError):
+                data = sock.recv(1 << 20, socket.MSG_DONTWAIT)
+                if not data:
+                    raise Failed(f"{self.name} let a reader go")
+                self.longest = max(self.longest, now - self.last)
+                self.lines, self.last = self.lines + data.count(b"\n"), now
+        if select.select([self._console], [], [], 0)[0] and b"Connection closed" in os.read(self._console, 65_536):
+            self.let_go = now
+
+    def row(self, now: float) -> str:
+        """Return the counters; the pace is that since about a second ago."""
+        then, lines = self._shown[0]
+        self._shown.append((now, self.lines))
+        pace = (self.lines - lines) / (now - then)
+        return f"{self.name:8} {self.lines:10,} lines {pace:8,.0f}/s, nothing for {now - self.last:4.1f} s"
+
+    def verdict(self, now: float) -> str:
+        seen = f"{self.name} delivered {self.lines:,} lines"
+        if now - self.last > 1:
+            return f"{seen}, none in the last {now - self.last:.1f} s"
+        let_go = f", let that one go at {self.let_go:.1f} s and went on" if self.let_go else ""
+        return f"{seen}, paused for {self.longest:.1f} s at most{let_go}"
+
+
+def duel() -> int:
+    """Show what comes at the readers of each server, and say at the end what was seen; return 1 if ours stopped."""
+    servers = [Rival(), Textbook(), *([Ncat()] if shutil.which("ncat") else [])]
+    live = sys.stdout.isatty()
+    with contextlib.ExitStack() as stack:
+        sides = [
+            Side(stack.enter_context(Served(rival, 2 + DUEL_READERS, receive_buffers=[0, 4_096]))) for rival in servers
+        ]
+        room = f"one says {DUEL_PACE:,} lines/s, {DUEL_READERS} read, and one never reads"
+        print(f"On each server {room}, for {DUEL_SECONDS:.0f} s:" + "\n" * live * len(sides), flush=True)
+        started, now, redraw = time.monotonic(), 0.0, REDRAW_SECONDS
+        while now < DUEL_SECONDS:
+            time.sleep(STEP_SECONDS)  # the pace is what is asked for
+            before, now = now, time.monotonic() - started
+            for side in sides:
+                side.step(now, int((now - before) * DUEL_PACE) * LINE_BYTES)
+            if now >= redraw:
+                redraw += REDRAW_SECONDS
+                rows = [side.row(now) for side in sides]
+                if live:
+                    print(f"\x1b[{len(rows)}A" + "".join(f"{row}\x1b[K\n" for row in rows), end="", flush=True)
+                elif now // 1 > before // 1:
+                    print(f"{now:2.0f} s: " + "; ".join(rows), flush=True)
+    print(f"Where {room}: " + "; ".join(side.verdict(now) for side in sides) + ".")
+    return 1 if now - sides[0].last > 1 else 0
+
+
 def main() -> int:
     """Run the cells that are asked for; return 1 if our server failed in one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -872,7 +952,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of every server in each cell (default: 3)")
     parser.add_argument("--only", default="", metavar="NAMES", help="servers to run, as ours,textbook (default: all)")
     parser.add_argument("--json", action="store_true", help="print every figure of every run as JSON")
+    parser.add_argument("--duel", action="store_true", help="20 s, live: ours and others with one who never reads")
     options = parser.parse_args()
+    if options.duel:
+        if len(sys.argv) > 2:
+            parser.error("--duel goes alone")
+        try:
+            return duel()
+        except KeyboardInterrupt:
+            return 130
+        except (Failed, OSError) as error:
+            print(f"The duel ended early: {error}", file=sys.stderr)
+            return 1
     for cell in options.cells:
         if cell not in CELLS:
             parser.error(f"no cell {cell!r}; there are {', '.join(CELLS)}")

@@ -66,8 +66,18 @@ Disconnected from server
 """,
 )
 
-# Who types what; after each the others have seen it before anyone goes on.
+# Who types what.
 SAID = ((0, "Hi!"), (1, "Hello! "), (2, "How are you guys doing?"), (2, ""), (1, "Good."), (0, "Good."))
+
+
+def say_all(terminals: list[Terminal], labels: list[str]) -> None:
+    """Have the three say all of it; what is said the others have seen before anyone goes on."""
+    for speaker, text in SAID:
+        shown = terminals[speaker].screen()
+        terminals[speaker].type(f"{text}\n")
+        terminals[speaker].wait_for(f"{shown}{text}\n")
+        for listener in {0, 1, 2} - {speaker} if text else ():
+            terminals[listener].wait_for(f"\n{labels[speaker]}:{text}\n")
 
 
 class ReferenceConversation(TestCase):
@@ -88,13 +98,7 @@ class ReferenceConversation(TestCase):
                     terminals.append(Terminal(sys.executable, CLIENT, *options, LOOPBACK, str(server.port)))
                     terminals[-1].wait_for("Type 'exit' to leave.\n")
                     ports[port] = server.line().rpartition(" ")[2].rstrip(")")
-                labels = list(ports.values())[1:]
-                for speaker, text in SAID:
-                    shown = terminals[speaker].screen()
-                    terminals[speaker].type(f"{text}\n")
-                    terminals[speaker].wait_for(f"{shown}{text}\n")
-                    for listener in {0, 1, 2} - {speaker} if text else ():
-                        terminals[listener].wait_for(f"\n{labels[speaker]}:{text}\n")
+                say_all(terminals, list(ports.values())[1:])
                 for terminal in terminals:
                     terminal.type("exit\n")
                     self.assertEqual(terminal.wait(), 0)
