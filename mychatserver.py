@@ -1350,8 +1350,10 @@ class Server:
         # Only the server thread uses what follows.
         self._selector = selectors.DefaultSelector()
         self._behind: set[Client] = set()  # those with a backlog: watched until they can take more
-        self._listening = False
-        self._hearing = False  # questions to the discovery; until there are too many of them
+        # Watched, but for a second when nobody can be accepted, or too many ask at once.
+        self._doors: dict[socket.socket | Discovery, Callable[[], None]] = {listener: self._accept}
+        if discovery:
+            self._doors[discovery] = self._asked
         self._stopping = False
         self._next_tick = 0.0
         self._stopped = False
@@ -1377,8 +1379,7 @@ class Server:
 
     def _serve(self) -> None:
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
-        self._listen()
-        self._hear()
+        self._watch_doors()
         while not self._stopping:
             self._pass(None)
         self._stop()
@@ -1386,11 +1387,11 @@ class Server:
     def _stop(self) -> None:
         deadline = time.monotonic() + STOP_SECONDS
         # 1. Nobody new: the port is free.
-        self._pause()
-        self._listener.close()
-        if self._discovery:
-            self._stop_hearing()
-            self._discovery.close()
+        for door in self._doors:
+            if door in self._selector.get_map():
+                self._selector.unregister(door)
+            door.close()
+        self._doors.clear()
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
         # 3. Everyone gets end-of-file behind what was queued; its handler leaves when the peer closes or says more.
@@ -1413,18 +1414,20 @@ class Server:
             self._tick()
 
     def _tick(self) -> None:
-        """Once a second while the clock runs: hold everyone to the floor, accept and hear again."""
+        """Once a second while the clock runs: hold everyone to the floor, watch the doors again."""
         self._next_tick = time.monotonic() + 1.0
         for client in list(self._behind):
             # Tried even if the selector is silent: Linux calls a socket writable only with a third of its buffer free.
             if client.under_floor(self._flush(client)):
                 self._room.end(client)
-        if not self._stopping:
-            self._listen()
-            self._hear()
+        self._watch_doors()
+
+    def _start_clock(self) -> None:
+        if not self._clock_runs():
+            self._next_tick = time.monotonic() + 1.0
 
     def _clock_runs(self) -> bool:
-        return bool(self._behind) or not self._listening or (self._discovery is not None and not self._hearing)
+        return bool(self._behind) or any(door not in self._selector.get_map() for door in self._doors)
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):  # read empty
@@ -1435,31 +1438,19 @@ class Server:
         while self._calls:
             self._calls.popleft()()
 
-    def _listen(self) -> None:
-        if not self._listening:
-            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-            self._listening = True
+    def _watch_doors(self) -> None:
+        for door, call in self._doors.items():
+            if door not in self._selector.get_map():
+                self._selector.register(door, selectors.EVENT_READ, call)
 
-    def _pause(self) -> None:
-        if self._listening:
-            self._selector.unregister(self._listener)
-            self._listening = False
-
-    def _hear(self) -> None:
-        if self._discovery and not self._hearing:
-            self._selector.register(self._discovery, selectors.EVENT_READ, self._asked)
-            self._hearing = True
-
-    def _stop_hearing(self) -> None:
-        if self._discovery and self._hearing:
-            self._selector.unregister(self._discovery)
-            self._hearing = False
+    def _pause(self, door: socket.socket | Discovery) -> None:
+        """Watch it no more until the next tick."""
+        self._start_clock()
+        self._selector.unregister(door)
 
     def _asked(self) -> None:
         if self._discovery and not self._discovery.answer():
-            if not self._clock_runs():
-                self._next_tick = time.monotonic() + 1.0
-            self._stop_hearing()
+            self._pause(self._discovery)
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_A_PASS):
@@ -1498,13 +1489,11 @@ class Server:
             self._problem = reason
             count = len(self._clients)
             self._errors.say(f"{reason}, with {count} clients: nobody more can enter until some leave (ulimit -n).")
-        self._pause()
-        self._next_tick = time.monotonic() + 1.0
+        self._pause(self._listener)
 
     def _watch(self, client: Client) -> None:
         if client not in self._behind and not client.ended:
-            if not self._clock_runs():
-                self._next_tick = time.monotonic() + 1.0
+            self._start_clock()
             self._behind.add(client)
             if len(self._behind) < MAX_WATCHED:  # the rest wait for the next tick
                 self._selector.register(client, selectors.EVENT_WRITE, functools.partial(self._flush, client))
