@@ -32,6 +32,10 @@ The relay
     A send never blocks: what a socket does not take becomes its client's backlog, which the server thread sends on.
     While somebody is late (has a large backlog), everyone else may say its share and then waits, so a flood runs at
     the pace of the slowest reader, and nothing is lost. A reader under the floor is let go.
+
+To read it
+    Lines, batches, members, the room, people and the server are the chat. The sections behind them, up to the command
+    line, are off until asked for, and can be skipped.
 """
 
 from __future__ import annotations
@@ -1583,7 +1587,7 @@ class Server:
                 self._wake_writer.send(b"\0")
 
 
-# --- Discovery: how a client on the same network finds this server without an address ---------------------------------
+# --- Discovery: how clients on the same network find this server without an address; a reader may skip it -------------
 
 
 class Discovery:
