@@ -136,12 +136,11 @@ HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
 TLS_PIECE_BYTES = 65_536  # encrypted at once, of what one client is given: each late one keeps as much ciphertext
 TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
 TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer, unsent or at once: hundreds of new keys
+X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
+
 NATS_PORT = 4222
 SERVER_NAME_CHARACTERS = 32  # with a suffix and a person's name no longer than clients take for a label
-LINK_MESSAGE_BYTES = 1_048_576  # of a message: more is not looked at
-LINK_LINE_BYTES = (
-    4 * MAX_LINE_BYTES
-)  # of a line from elsewhere, as cleaning may make three bytes of one; and sent at once
+LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
 LINK_WORDS_BYTES = 65_536  # of what is no message: what NATS says of itself is the longest
 LINK_ASK_SECONDS = 0.5  # in which another server of our name has said so
 LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to give one; also to take the connection, and us
@@ -2099,9 +2098,9 @@ def abroad(lines: bytes, server: bytes) -> bytes:
 
 
 def admitted(message: bytes, server: bytes) -> bytes:
-    """Return the lines of a message that are whole, clean, not too long, and of people on ``server``."""
+    """Return the lines of a message that are whole, clean, and of people on ``server``."""
     label = rb"[^ \t\n:*@]{1,96}@" + server
-    theirs = rb"(?m)^(?:%s:.{,%d}|\* %s (?:joined|left|is now %s))\n" % (label, LINK_LINE_BYTES, label, label)
+    theirs = rb"(?m)^(?:%s:.*|\* %s (?:joined|left|is now %s))\n" % (label, label, label)
     return b"".join(re.findall(theirs, clean(message[: message.rfind(b"\n") + 1])))
 
 
@@ -2149,7 +2148,7 @@ class Nats:
             most, speaks_tls = int(told["max_payload"]), told.get("tls_required") or told.get("tls_available")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise self._no_nats() from None
-        self.most_bytes = min(most, LINK_LINE_BYTES)  # of one message
+        self.most_bytes = min(most, LINK_MESSAGE_BYTES)  # of one message
         if told.get("tls_required") or address.scheme == "tls":
             if not speaks_tls:
                 raise Unlinked(f"{self._name} does not speak TLS: set it up there, or give a URL with nats://.")
@@ -2168,8 +2167,11 @@ class Nats:
         """Wait for what NATS says next; return the subject and the payload if it is a message."""
         line = self._line()
         if message := NATS_MESSAGE.fullmatch(line):
-            payload = self._read(int(message[2]) + 2)[:-2]
-            return (message[1], payload) if len(payload) <= LINK_MESSAGE_BYTES else None
+            pieces_too_many, size = divmod(int(message[2]), LINK_MESSAGE_BYTES + 1)
+            for _ in range(pieces_too_many):
+                self._read(LINK_MESSAGE_BYTES + 1)
+            payload = self._read(size + 2)[:-2]
+            return None if pieces_too_many else (message[1], payload)
         verb, _, rest = line.partition(b" ")
         if verb == b"PING\r\n":
             self.send(b"PONG\r\n")
@@ -2456,12 +2458,18 @@ def next_pause(pause: float) -> float:
 
 def encrypted(sock: socket.socket, host: str | None, certificates: str | None) -> socket.socket:
     """Return the socket with TLS on it. Blocks as long as its timeout; raise OSError or Unlinked."""
-    import ssl  # few need it
-
     try:
+        import ssl
+
         context = ssl.create_default_context(cafile=certificates)
+    except ImportError:
+        raise Unlinked("This Python has no ssl module, so no TLS: use another Python, or a NATS without.") from None
     except OSError as error:
         raise Unlinked(f"Cannot use {certificates}: {error.strerror}; give --nats-ca certificates in PEM.") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if certificates is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
+        context.verify_flags |= X509_V_FLAG_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # ... and one that openssl has made, as on those before
     return context.wrap_socket(sock, server_hostname=host)
 
 

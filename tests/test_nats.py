@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import mychatserver
-from mychatserver import LINK_LINE_BYTES, abroad, admitted
+from mychatserver import LINK_MESSAGE_BYTES, abroad, admitted
 from tests.support import (
     LOOPBACK,
     ROOT,
@@ -371,7 +372,6 @@ class Strangers(Nodes):
             b"* ann@paris left now\n",
             b"ann@paris:torn",
             b"x" * 97 + b"@paris:long label\n",
-            b"ann@paris:" + b"x" * (LINK_LINE_BYTES + 1) + b"\n",
             b"",
         ):
             with self.subTest(lines=lines[:40]):
@@ -379,11 +379,12 @@ class Strangers(Nodes):
                 stranger.publish("paris", b"ann@paris:before\n" + lines)
                 stranger.publish("paris", b"ann@paris:fence\n")
                 bob.expect("ann@paris:before", "ann@paris:fence")
-        long = b"ann@paris:" + b"x" * LINK_LINE_BYTES
-        stranger.publish(
-            "paris", b"a@paris:\x1b[31m\xff\xfb\x01\r\xc3\nb@paris:ok\n* a@paris is now b@paris\n" + long + b"\n"
-        )
-        bob.expect("a@paris:\ufffd[31m\ufffd\ufffd", "b@paris:ok", "* a@paris is now b@paris", long)
+        stranger.publish("paris", b"a@paris:\x1b[31m\xff\xfb\x01\r\xc3\nb@paris:ok\n* a@paris is now b@paris\n")
+        bob.expect("a@paris:\ufffd[31m\ufffd\ufffd", "b@paris:ok", "* a@paris is now b@paris")
+        long = b"ann@paris:".ljust(LINK_MESSAGE_BYTES - 1, b"x")
+        for lines in (b"b@paris:too large\n" + long + b"\n", long + b"x\n", long + b"\n"):
+            stranger.publish("paris", lines)
+        bob.expect(long)
         stranger.publish("oslo-", b"ann@paris:wrong subject\n")
         stranger.publish("paris.x", b"ann@paris.x:a dot\n")
         stranger.publish("*", b"ann@*:a star\n")
@@ -658,7 +659,8 @@ class Encrypted(TestCase):
             for command in (
                 "-subj /CN=authority -keyout ca.key -out ca.pem -addext keyUsage=critical,keyCertSign",
                 "-subj /CN=nats -keyout key.pem -out cert.pem -CA ca.pem -CAkey ca.key"
-                f" -addext subjectAltName=IP:{LOOPBACK} -addext basicConstraints=critical,CA:FALSE",
+                f" -addext subjectAltName=IP:{LOOPBACK} -addext basicConstraints=critical,CA:FALSE"
+                " -addext authorityKeyIdentifier=none",  # as is common; Python 3.13 would not have it
             ):
                 subprocess.run(
                     (request + command).split(), cwd=folder, check=True, capture_output=True, timeout=SECONDS
@@ -667,8 +669,8 @@ class Encrypted(TestCase):
             stack.enter_context(nats)
             ways = (nats.url.replace("nats:", "tls:"), nats.url)  # to the second NATS says that it must be so
             paris, oslo = (
-                stack.enter_context(Linked(name, "--nats", url, "--nats-ca", f"{folder}/ca.pem"))
-                for name, url in zip(("paris", "oslo"), ways)
+                stack.enter_context(Linked(name, "--nats", url, "--nats-ca", f"{folder}/{trusted}"))
+                for name, url, trusted in zip(("paris", "oslo"), ways, ("ca.pem", "cert.pem"))
             )
             with paris.peer() as ann, oslo.peer() as bob, paris.peer() as cid:
                 meet(ann, bob, cid)
@@ -685,6 +687,17 @@ class Encrypted(TestCase):
             with Nats() as plain:
                 url = plain.url.replace("nats:", "tls:")
                 fails(self, "--nats", url, status=1, sentence="does not speak TLS: set it up there")
+
+    def test_no_tls_before_1_2_and_none_without_the_module(self) -> None:
+        sock = mock.Mock()
+        with (
+            mock.patch.dict(sys.modules, {"ssl": None}),
+            self.assertRaisesRegex(mychatserver.Unlinked, "no ssl module"),
+        ):
+            mychatserver.encrypted(sock, "a", None)
+        with mock.patch.object(ssl.SSLContext, "wrap_socket", autospec=True) as wrap:
+            mychatserver.encrypted(sock, "a", None)
+        self.assertEqual(wrap.call_args[0][0].minimum_version, ssl.TLSVersion.TLSv1_2)
 
 
 def fails(test: TestCase, *options: str, status: int, sentence: str, changes: str = QUICK) -> None:
@@ -823,6 +836,20 @@ class FalseNats(TestCase):
             done.set()
         for wanted in (b'"echo": false', b'"verbose": false'):
             self.assertIn(wanted, words[0])
+
+    def test_of_a_message_that_is_too_large_not_much_is_kept(self) -> None:
+        nats = mychatserver.Nats.__new__(mychatserver.Nats)  # without a connection
+        nats._input, kept = bytearray(), []
+        blocks = [b"MSG a 1 99999998\r\n", *[b"x" * 1_000_000] * 100, b"MSG b 1 2\r\n", b"ok\r\n"]
+
+        def received() -> bytes:
+            kept.append(len(nats._input))
+            return blocks.pop(0)
+
+        with mock.patch.object(nats, "_received", received):
+            self.assertIsNone(nats.take())
+            self.assertEqual(nats.take(), (b"b", b"ok"))
+        self.assertLess(max(kept), LINK_MESSAGE_BYTES + 1_000_000)
 
 
 def greet(connection: socket.socket) -> bytes:
