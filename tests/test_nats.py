@@ -593,6 +593,19 @@ class Cuts(Nodes):
         bob.say("Hi!")
         ann.expect(f"{bob.label}@oslo:Hi!")
 
+    def test_what_is_kept_waits_for_who_was_cut_too_and_is_a_pause_behind(self) -> None:
+        one, other = self.nats_server(), self.nats_server()
+        url = f"{one.url},{other.url}"
+        paris = self.server("paris", url=url)
+        oslo = self.server("oslo", url=url, changes=f"{QUICK}; LINK_PAUSES = 0.9, 0.9")
+        ann, bob = self.enter(paris), self.enter(oslo)
+        meet(ann, bob)
+        one.kill()
+        ann.expect(LOST)
+        ann.say("meanwhile")
+        ann.expect(RESTORED)
+        bob.expect(LOST, RESTORED, f"{ann.label}@paris:meanwhile")
+
     def test_a_small_max_payload(self) -> None:
         """Batches are cut at line ends; a line that is larger is counted."""
         config = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()), "nats.conf")
@@ -904,6 +917,25 @@ class Shares(TestCase):
         self.assertTrue(room._pays(link, left))
         self.assertFalse(room._pays(link, 1))
         self.assertTrue(room._pays(newcomer, left))
+
+
+class Names(TestCase):
+    def test_a_batch_goes_under_one_name_even_if_that_changes_meanwhile(self) -> None:
+        link = mychatserver.Link.__new__(mychatserver.Link)
+        link._name, link._id, link._connections, link._options = b"paris", b"0f0f", 1, mock.Mock(room="main")
+        messages: list[bytes] = []
+
+        def publish(message: bytes) -> bool:
+            messages.append(message)
+            link._name = b"paris-abcd"
+            return True
+
+        nats = mock.Mock(most_bytes=12, publish=publish)
+        with mock.patch.object(link, "_when_linked", return_value=nats):
+            self.assertEqual(link._write(b"ann:1\nann:2\n"), 0)
+        self.assertEqual(
+            messages, [b"PUB mychat.main.paris.0f0f.1.said 12\r\nann@paris:%d\n\r\n" % number for number in (1, 2)]
+        )
 
 
 class Lines(TestCase):
