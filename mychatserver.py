@@ -2405,17 +2405,16 @@ class Link(Writer):
 
     def _connected(self) -> Nats:
         """Return a connection to the first NATS that answers; raise Unlinked, with the last problem, when none does."""
-        for tries_left in range(len(self._addresses) - 1, -1, -1):
-            address = self._addresses[0]
+        problem = ""
+        for address in self._addresses.copy():
             self._connections += 1
             greeting = b"SUB mychat.%s.> 1\r\n" % self._options.room.encode() + self._message(self._name, b"ask")
             try:
                 return Nats(address, self._options.nats_ca, greeting, lambda: self._message(self._name, b"said"))
             except (Unlinked, OSError, UnicodeError) as error:
                 self._addresses.rotate(-1)
-                if not tries_left:
-                    raise Unlinked(linking_problem(error, address)) from None
-        raise AssertionError("no address")
+                problem = linking_problem(error, address)
+        raise Unlinked(problem)
 
     def _hear(self, nats: Nats, subject: bytes, payload: bytes) -> None:
         found = SUBJECT.fullmatch(subject)
