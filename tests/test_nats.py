@@ -697,9 +697,37 @@ class Encrypted(TestCase):
             fails(self, "--nats", ways[0], status=1, sentence="has no certificate to be trusted, ")
             fails(self, "--nats", ways[0], "--nats-ca", f"{folder}/none", status=1, sentence="Cannot use ")
             fails(self, "--nats", ways[0], "--nats-ca", f"{folder}/key.pem", status=1, sentence="Cannot use ")
+
+            def serve(connection: socket.socket) -> None:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(f"{folder}/cert.pem", f"{folder}/key.pem")
+                connection.sendall(b'INFO {"max_payload":1,"tls_required":true}\r\n-ERR \'in the clear\'\r\n')
+                with context.wrap_socket(connection, server_side=True) as secure:
+                    received(secure, b"PING\r\n")
+                    secure.sendall(b"-ERR 'in TLS'\r\n")
+
+            with home_made_server(serve) as port:
+                options = "--nats", f"nats://{LOOPBACK}:{port}", "--nats-ca", f"{folder}/ca.pem"
+                fails(self, *options, status=1, sentence="says 'in TLS'")
             with Nats() as plain:
                 url = plain.url.replace("nats:", "tls:")
                 fails(self, "--nats", url, status=1, sentence="does not speak TLS: set it up there")
+
+    def test_who_ends_a_connection_leaves_it_its_tls(self) -> None:
+        """Somebody may send at just that time."""
+        ours, theirs = socket.socketpair()
+        nats = mychatserver.Nats.__new__(mychatserver.Nats)
+        with (
+            theirs,
+            ssl.create_default_context().wrap_socket(
+                ours, server_hostname="a", do_handshake_on_connect=False
+            ) as nats._sock,
+            mock.patch.object(ssl.SSLSocket, "shutdown") as in_the_clear,
+        ):
+            nats._shut()
+            in_the_clear.assert_not_called()
+            theirs.settimeout(SECONDS)
+            self.assertEqual(theirs.recv(1), b"")
 
     def test_no_tls_before_1_2_and_none_without_the_module(self) -> None:
         sock = mock.Mock()
@@ -849,6 +877,18 @@ class FalseNats(TestCase):
             done.set()
         for wanted in (b'"echo": false', b'"verbose": false'):
             self.assertIn(wanted, words[0])
+
+    def test_of_half_a_message_nothing_else_becomes_the_rest(self) -> None:
+        ours, theirs = socket.socketpair()
+        nats = mychatserver.Nats.__new__(mychatserver.Nats)  # that has logged in
+        nats._sock, nats._using = ours, threading.Lock()
+        with ours, theirs:
+            ours.settimeout(0.1)
+            self.assertFalse(nats.publish(b"x" * 10_000_000))
+            self.assertFalse(nats.publish(b"the next"))
+            theirs.settimeout(SECONDS)
+            while data := theirs.recv(65_536):
+                self.assertNotIn(b"the next", data)
 
     def test_of_a_message_that_is_too_large_not_much_is_kept(self) -> None:
         nats = mychatserver.Nats.__new__(mychatserver.Nats)  # without a connection
