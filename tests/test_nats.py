@@ -516,7 +516,7 @@ class Cuts(Nodes):
         for peer in (ann, cid):
             peer.expect(f"{bob.label}@oslo:three")
         self.assertEqual(paris.output.count(LOST.encode()), 1)
-        self.assertIn("closed the connection", paris.errors())
+        self.assertRegex(paris.errors(), "closed the connection|reset by peer")  # the latter if it had not read all
 
     def test_what_is_too_much_to_be_kept_is_counted(self) -> None:
         nats = self.nats_server()
