@@ -401,6 +401,17 @@ class Strangers(Nodes):
         stranger.publish("rome", b"ann@rome:fence\n")
         bob.expect("ann@rome:fence")
 
+    def test_what_comes_late_of_our_own_is_of_no_other_of_our_name(self) -> None:
+        oslo = self.server("oslo")
+        stranger = self.stranger()
+        stranger.sock.sendall(f"SUB mychat.{self.room}.oslo.> 1\r\n".encode())
+        data = b""
+        while not (found := re.search(rb"\.oslo\.(\w+)\.1\.said 1 0\r\n", data)):
+            data += stranger.sock.recv(65_536)
+        stranger.publish("oslo", b"ann@oslo:again\n", who=found[1].decode(), number=0)
+        stranger.publish("rome", b"ann@rome:fence\n")
+        self.assertEqual(oslo.line(), "ann@rome:fence")
+
     @staticmethod
     def reaches(stranger: Stranger, peer: Peer) -> bool:
         stranger.publish("paris", b"ann@paris:hello\n")
@@ -957,6 +968,14 @@ class Shares(TestCase):
         self.assertTrue(room._pays(link, left))
         self.assertFalse(room._pays(link, 1))
         self.assertTrue(room._pays(newcomer, left))
+
+
+class Pauses(TestCase):
+    def test_each_is_twice_the_one_before_up_to_a_bound(self) -> None:
+        pauses = [0.0]
+        for _ in range(7):
+            pauses.append(mychatserver.next_pause(pauses[-1]))
+        self.assertEqual(pauses, [0, 0.5, 1, 2, 4, 8, 10, 10])
 
 
 class Names(TestCase):
