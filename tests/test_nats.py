@@ -979,6 +979,17 @@ class Pauses(TestCase):
 
 
 class Names(TestCase):
+    def test_servers_heard_of_in_the_last_minute_are_told_of(self) -> None:
+        link, now = mychatserver.Link.__new__(mychatserver.Link), time.monotonic()
+        link._heard = {b"rome": (now - 61, b"0f0f", 1)}
+        self.assertEqual(link.elsewhere(), "")
+        for number in range(50):
+            link._heard[b"%d" % number] = now - 40, b"0f0f", 1
+        names = ", ".join(map(str, range(50)))
+        self.assertEqual(link.elsewhere(), f", and people on {names}")
+        link._heard[b"paris"] = now, b"0f0f", 1
+        self.assertEqual(link.elsewhere(), f", and people on {names} and 1 more")
+
     def test_a_batch_goes_under_one_name_even_if_that_changes_meanwhile(self) -> None:
         link = mychatserver.Link.__new__(mychatserver.Link)
         link._name, link._id, link._connections, link._options = b"paris", b"0f0f", 1, mock.Mock(room="main")
