@@ -159,6 +159,7 @@ PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])
 TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+REPLACEMENT = "\ufffd".encode()
 # A search is ten times faster when its first character is a plain one: hence the newline, not "^".
 UNUSUAL = re.compile(rb"\n(?:[\n\t /]|exit[\n\t ])")  # blank, perhaps exit, perhaps a command
 Spoken = tuple[bytes, str]  # lines to be relayed, and the command behind them, empty if there is none
@@ -2098,10 +2099,15 @@ def abroad(lines: bytes, server: bytes) -> bytes:
 
 
 def admitted(message: bytes, server: bytes) -> bytes:
-    """Return the lines of a message that are whole, clean, and of people on ``server``."""
+    """Return the lines of a message that are whole, clean, not too long, and of people on ``server``."""
     label = rb"[^ \t\n:*@]{1,96}@" + server
-    theirs = rb"(?m)^(?:%s:.*|\* %s (?:joined|left|is now %s))\n" % (label, label, label)
-    return b"".join(re.findall(theirs, clean(message[: message.rfind(b"\n") + 1])))
+    theirs = rb"(?m)^(?:%s:(.*)|\* %s (?:joined|left|is now %s))\n" % (label, label, label)
+    return b"".join(
+        line[0]
+        for line in re.finditer(theirs, clean(message[: message.rfind(b"\n") + 1]))
+        # Cleaning may have made three bytes of each.
+        if len(line[1] or b"") - 2 * (line[1] or b"").count(REPLACEMENT) <= MAX_LINE_BYTES
+    )
 
 
 class Nats:
@@ -2239,7 +2245,11 @@ class Nats:
     def send(self, words: bytes) -> int:
         """Send, and ask NATS whether it has it; return the number of its answer. Blocks LINK_SIGN_SECONDS at most."""
         with self._using:
-            self._sock.sendall(words + b"PING\r\n")
+            try:
+                self._sock.sendall(words + b"PING\r\n")
+            except OSError:
+                self._shut()  # or half a message would have the next for its rest
+                raise
             self._pings += 1
             return self._pings
 
@@ -2247,8 +2257,7 @@ class Nats:
         """Send a message; return whether NATS has it. Blocks until that is known; does not raise."""
         try:
             number = self.send(message)
-        except OSError:
-            self._shut()  # or half a message would have the next for its rest
+        except OSError:  # the thread that takes will be told, too
             return False
         with self._changed:
             self._changed.wait_for(lambda: self._pongs >= number or self._is_over)

@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import mychatserver
-from mychatserver import LINK_MESSAGE_BYTES, abroad, admitted
+from mychatserver import LINK_MESSAGE_BYTES, MAX_LINE_BYTES, abroad, admitted
 from tests.support import (
     LOOPBACK,
     ROOT,
@@ -381,10 +381,13 @@ class Strangers(Nodes):
                 bob.expect("ann@paris:before", "ann@paris:fence")
         stranger.publish("paris", b"a@paris:\x1b[31m\xff\xfb\x01\r\xc3\nb@paris:ok\n* a@paris is now b@paris\n")
         bob.expect("a@paris:\ufffd[31m\ufffd\ufffd", "b@paris:ok", "* a@paris is now b@paris")
-        long = b"ann@paris:".ljust(LINK_MESSAGE_BYTES - 1, b"x")
-        for lines in (b"b@paris:too large\n" + long + b"\n", long + b"x\n", long + b"\n"):
+        for text, shown in ((b"x" * MAX_LINE_BYTES, b"x"), (b"\x1b" * MAX_LINE_BYTES, "\ufffd".encode())):
+            stranger.publish("paris", b"ann@paris:" + text + text[:1] + b"\nann@paris:" + text + b"\n")
+            bob.expect(b"ann@paris:" + shown * MAX_LINE_BYTES)
+        line = b"ann@paris:".ljust(LINK_MESSAGE_BYTES // 8 - 1, b"x") + b"\n"
+        for lines in (b"b@paris:too large\n" + line * 8, line * 8 + b"x", line * 8):
             stranger.publish("paris", lines)
-        bob.expect(long)
+        bob.expect(*[line[:-1]] * 8)
         stranger.publish("oslo-", b"ann@paris:wrong subject\n")
         stranger.publish("paris.x", b"ann@paris.x:a dot\n")
         stranger.publish("*", b"ann@*:a star\n")

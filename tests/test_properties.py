@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 from unittest import mock
 
 try:
-    from hypothesis import example, given, settings
+    from hypothesis import HealthCheck, example, given, settings
     from hypothesis import strategies as st
     from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 except ImportError:
@@ -24,7 +24,9 @@ from mychatserver import Framer, abroad, admitted, clean, folded, labelled, name
 from tests.support import LOOPBACK, Peer, Server
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
-settings.register_profile("mychat", deadline=None, database=None, print_blob=True)
+settings.register_profile(
+    "mychat", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None, print_blob=True
+)
 settings.load_profile("mychat")
 
 # Bytes in which what is looked for is not rare.
