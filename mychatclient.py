@@ -41,7 +41,7 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -198,17 +198,15 @@ class Style:
 
     def _row(self, line: bytes) -> bytes:
         is_for_us = self._learn and self.people.heard(line)
+        bell = b"\a" if is_for_us and self._bell else b""
         if self._colour:
-            line = self._coloured(line, is_for_us)
-        return line + b"\a" if is_for_us and self._bell else line
-
-    def _coloured(self, line: bytes, is_for_us: bool) -> bytes:
-        label, colon, text = line.partition(b":")
-        if line.startswith(b"* ") or not colon or b" " in label:
-            effect = BOLD if is_for_us else DIM if line.startswith(b"* ") else b""
-            return effect + line + PLAIN_TEXT if effect else line
-        colour = b"\x1b[%dm" % COLOURS[zlib.crc32(label) % len(COLOURS)]
-        return colour + label + PLAIN_TEXT + b":" + (BOLD + text + PLAIN_TEXT if is_for_us else text)
+            label, colon, text = line.partition(b":")
+            if line.startswith(b"* "):
+                line = (BOLD if is_for_us else DIM) + line + PLAIN_TEXT
+            elif colon and b" " not in label:
+                colour = b"\x1b[%dm" % COLOURS[zlib.crc32(label) % len(COLOURS)]
+                line = colour + label + PLAIN_TEXT + b":" + (BOLD + text + PLAIN_TEXT if is_for_us else text)
+        return line + bell
 
 
 class Screen:
@@ -221,20 +219,21 @@ class Screen:
         self._style = style
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
-        self._lock = threading.Lock()  # one message at a time
+        self._lock = (
+            threading.RLock()
+        )  # one message at a time; a signal's handler may show one in the middle of another
 
     def show(self, block: bytes) -> None:
         """Show whole lines that came from the server, below an empty row each."""
-        with self._lock:
-            self._write(self._style.rows(block))
+        self._write(self._style.rows(block))
 
     def say(self, text: str) -> None:
         """Show a line of our own."""
-        self._show_own(f"{text}\n".encode())
+        self._write(f"{text}\n".encode())
 
     def notice(self, text: str) -> None:
         """Show a notice of our own, from the main thread, as if it came from the server."""
-        self._show_own(self._style.rows(f"{text}\n".encode()))
+        self._write(self._style.rows(f"{text}\n".encode()))
 
     def draw(self) -> None:
         """Show what another thread wants shown, if only the main thread can."""
@@ -256,32 +255,30 @@ class Screen:
             self.say("")
 
     def release(self) -> None:
-        """Let go on who writes, if the terminal takes nothing more; what waited to be shown may be lost."""
+        """Let whoever is writing go on, if the terminal takes nothing more; what waited to be shown may be lost."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
 
     def die(self, number: int, frame: object) -> None:
         """End by a signal, at once, with the terminal as it was; a handler of signals."""
+        self.leave_line(ctrl_c=False)
         self.close()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
-    def _show_own(self, data: bytes) -> None:
-        with self._lock:
-            self._write(data)
-
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
-        try:
-            while rest:
-                if sys.platform != "win32":
-                    os.set_blocking(1, True)  # it may be shared with a program that sets it otherwise
-                rest = rest[self._file.write(rest) or 0 :]
-        except OSError as error:
-            self.gone = True
-            if error.errno not in (errno.EPIPE, errno.EINVAL):  # the reader has left; on Windows it is EINVAL
-                self.problem = error.strerror or str(error)
+        with self._lock:
+            try:
+                while rest:
+                    if sys.platform != "win32":
+                        os.set_blocking(1, True)  # it may be shared with a program that sets it otherwise
+                    rest = rest[self._file.write(rest) or 0 :]
+            except OSError as error:
+                self.gone = True
+                if error.errno not in (errno.EPIPE, errno.EINVAL):  # the reader has left; on Windows it is EINVAL
+                    self.problem = error.strerror or str(error)
 
 
 if sys.platform != "win32":
@@ -329,15 +326,9 @@ if sys.platform != "win32":
             self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
             self._shown = threading.Event()
             self._drawing = False  # the main thread is in the middle of writing
-            for number, handler in (
-                (signal.SIGTSTP, self._suspend),
-                (signal.SIGCONT, self._resume),
-                (signal.SIGTERM, self.die),
-                (signal.SIGHUP, self.die),
-                (signal.SIGQUIT, self.die),
-            ):
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, handler)
+            handle((signal.SIGTSTP,), self._suspend)
+            handle((signal.SIGCONT,), self._resume)
+            handle((signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), self.die)
 
         # Runs in the receive thread
 
@@ -366,12 +357,12 @@ if sys.platform != "win32":
                 self._drawing = False
                 self._shown.set()
 
-        def _show_own(self, data: bytes) -> None:
-            self._drawing = True
+        def _write(self, data: bytes) -> None:
+            was_drawing, self._drawing = self._drawing, True
             try:
-                self._write(data)
+                super()._write(data)
             finally:
-                self._drawing = False
+                self._drawing = was_drawing
 
         def line(self, unsent: str) -> str:
             self._at_start(functools.partial(self._insert, unsent) if unsent else None)
@@ -417,10 +408,6 @@ if sys.platform != "win32":
             """Make the terminal ours again, and draw the line, if somebody else has had it."""
             if termios.tcgetattr(0) != self._prepared and self._set_terminal(self._prepared) and self._half_typed():
                 self._draw_line()
-
-        def die(self, number: int, frame: object) -> None:
-            self.leave_line(ctrl_c=False)
-            super().die(number, frame)
 
         # Called from any thread
 
@@ -600,6 +587,13 @@ class Interrupted(Exception):
     """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
 
 
+def handle(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> None:
+    """Set the handler of signals, but of those that are ignored, as in a script's background job."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def interrupt_main_thread(until: threading.Event, seconds: float = float("inf")) -> None:
     """Interrupt what the main thread waits in, so that Python calls the handlers of signals there, ``until`` is set.
 
@@ -765,8 +759,7 @@ class Conversation:
     def run(self) -> int:
         """Send what is entered and show what comes, until one side leaves; return the exit status."""
         signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background job
-            signal.signal(signal.SIGINT, self._on_ctrl_c)
+        handle((signal.SIGINT,), self._on_ctrl_c)
         if sys.platform != "win32":
             signal.signal(signal.SIGURG, self._on_interrupt)  # nobody sends it but this program itself
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
