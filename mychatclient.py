@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import ssl  # at run time only where somebody asks for TLS: some Pythons have none
 
-if sys.platform != "win32":
+with contextlib.suppress(ImportError):  # Windows has none
     import termios
 
 __version__ = "1.0"
@@ -503,6 +503,28 @@ def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
 # --- The connection: how to get one, and what comes from it -----------------------------------------------------------
 
 
+class NotConnected(Exception):
+    """Why there is no connection, and what to do, as one sentence."""
+
+
+class Hopeless(Exception):
+    """The same, where there is no use in trying again by itself: the wrong server, password or certificate."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
+
+
+@contextlib.contextmanager
+def closed_on_error(sock: socket.socket) -> Iterator[None]:
+    """Close a socket if what is done with it fails."""
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
+
+
 def connect(host: str, port: int) -> socket.socket:
     """Return a connection to the first of the host's addresses that takes it.
 
@@ -513,9 +535,9 @@ def connect(host: str, port: int) -> socket.socket:
     entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     problem = OSError(errno.EADDRNOTAVAIL, "no address")
     for tries_left, (family, kind, protocol, _, address) in zip(range(len(entries), 0, -1), entries):
-        with contextlib.ExitStack() as unless_connected:
-            try:
-                sock = unless_connected.enter_context(socket.socket(family, kind, protocol))
+        try:
+            sock = socket.socket(family, kind, protocol)
+            with closed_on_error(sock):
                 sock.settimeout(max(0.1, (deadline - time.monotonic()) / tries_left))
                 sock.connect(address)
                 sock.settimeout(None)
@@ -524,11 +546,9 @@ def connect(host: str, port: int) -> socket.socket:
                 for name, value in KEEPALIVE.items():
                     with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
                         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-            except OSError as error:
-                problem = error
-            else:
-                unless_connected.pop_all()
-                return sock
+            return sock
+        except OSError as error:
+            problem = error
     raise problem
 
 
@@ -551,19 +571,19 @@ def local_label(sock: socket.socket) -> str:
     return str(name[1]) if isinstance(name, tuple) else ""
 
 
-def pauses() -> Iterator[float]:
-    """Yield the seconds to wait before each try to connect again."""
-    yield from RECONNECT_SECONDS
-    while True:
-        yield RECONNECT_SECONDS[-1]
-
-
-@contextlib.contextmanager
-def waiting_on(sock: socket.socket) -> Iterator[Callable[[float | None], object]]:
-    """Give what waits until something can be read from ``sock``, so many seconds at most, and tells whether it can."""
+def is_ready(sock: socket.socket, event: int, seconds: float | None) -> bool:
+    """Wait until a socket can be read or takes more, so many seconds at most; return whether it does."""
     with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        yield functools.partial(sock.wait, selector) if isinstance(sock, TlsSocket) else selector.select
+        selector.register(sock, event)
+        return bool(selector.select(seconds))
+
+
+def has_come(sock: socket.socket, seconds: float) -> bool:
+    """Wait until there is something to receive, or the end, so many seconds at most; return whether there is.
+
+    Not by the socket's own time-out, which would hold for who sends, too.
+    """
+    return sock.has_come(seconds) if isinstance(sock, TlsSocket) else is_ready(sock, selectors.EVENT_READ, seconds)
 
 
 def is_admitted(sock: socket.socket) -> bool:
@@ -571,9 +591,8 @@ def is_admitted(sock: socket.socket) -> bool:
 
     Raises OSError when the connection is lost already.
     """
-    with waiting_on(sock) as wait:
-        if not wait(ADMITTED_SECONDS):
-            return True
+    if not has_come(sock, ADMITTED_SECONDS):
+        return True
     beginning = sock.recv(100, socket.MSG_PEEK)
     return bool(beginning) and not beginning.startswith(REFUSALS)
 
@@ -581,10 +600,6 @@ def is_admitted(sock: socket.socket) -> bool:
 def lost(error: OSError) -> str:
     """Return why a connection was lost, and what to do."""
     return f"{error.strerror or error}; check the network, and whether the server still runs."
-
-
-class Interrupted(Exception):
-    """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
 
 
 def handle(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> None:
@@ -607,12 +622,6 @@ def interrupt_main_thread(until: threading.Event, seconds: float = float("inf"))
         seconds -= INTERRUPT_SECONDS
 
 
-def wait_while_running(seconds: float) -> None:
-    """Wait for so long; time in which the process is stopped does not count."""
-    for _ in range(int(seconds / INTERRUPT_SECONDS)):
-        time.sleep(INTERRUPT_SECONDS)
-
-
 def received(sock: socket.socket) -> Iterator[bytes]:
     """Yield what the server sends in blocks of whole lines, an unfinished last one at end-of-file.
 
@@ -621,22 +630,20 @@ def received(sock: socket.socket) -> Iterator[bytes]:
     """
     partial = b""
     sends_newlines = False
-    silence: float | None = None  # so many seconds of it would end the unfinished line
-    with waiting_on(sock) as wait:
-        while True:
-            ready = wait(silence)
-            data = sock.recv(READ_BYTES) if ready else b""
-            end = data.rfind(b"\n") + 1
-            sends_newlines = sends_newlines or end > 0
-            block, partial = (partial + data[:end], data[end:]) if end else (b"", partial + data)
-            if partial and (not data or len(partial) > MAX_SHOWN_BYTES):
-                block, partial = block + partial + b"\n", b""
-            if block:
-                yield block
-            if ready and not data:
-                return
-            unfinished = partial and not sends_newlines and len(data.decode("utf-8", "replace")) > 1
-            silence = SILENCE_SECONDS if unfinished else None
+    silence_ends_it = False
+    while True:
+        is_silent = silence_ends_it and not has_come(sock, SILENCE_SECONDS)
+        data = b"" if is_silent else sock.recv(READ_BYTES)
+        end = data.rfind(b"\n") + 1
+        sends_newlines = sends_newlines or end > 0
+        block, partial = (partial + data[:end], data[end:]) if end else (b"", partial + data)
+        if partial and (not data or len(partial) > MAX_SHOWN_BYTES):
+            block, partial = block + partial + b"\n", b""
+        if block:
+            yield block
+        if not data and not is_silent:
+            return
+        silence_ends_it = bool(partial) and not sends_newlines and len(data.decode("utf-8", "replace")) > 1
 
 
 def read_line(sock: socket.socket, deadline: float | None = None) -> bytes:
@@ -655,19 +662,13 @@ def read_line(sock: socket.socket, deadline: float | None = None) -> bytes:
     return line
 
 
-class WrongServer(Exception):
-    """What answered is not a chat server; the text says what it is."""
-
-
-def lines_to_show(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield blocks of lines cleaned; raise WrongServer when the first is nothing that a chat server says."""
-    for number, block in enumerate(blocks):
-        if number == 0 and block[:9].upper().startswith((b"HTTP/", b"<!DOCTYPE", b"<HTML")):
-            raise WrongServer("that is a web server; check host and port.")
-        # Alert, handshake: RFC 8446, 5.1; or what mychatserver.py says.
-        if number == 0 and block.startswith((b"\x15\x03", b"\x16\x03", b"* this server speaks TLS")):
-            raise WrongServer(NEEDS_TLS)
-        yield clean(block.replace(b"\r\n", b"\n"))
+def check_beginning(block: bytes) -> None:
+    """Raise Hopeless when a server begins with what no chat server says, and tell what it is."""
+    if block[:9].upper().startswith((b"HTTP/", b"<!DOCTYPE", b"<HTML")):
+        raise Hopeless("that is a web server; check host and port.")
+    # Alert, handshake: RFC 8446, 5.1; or what mychatserver.py says.
+    if block.startswith((b"\x15\x03", b"\x16\x03", b"* this server speaks TLS")):
+        raise Hopeless(NEEDS_TLS)
 
 
 # --- Input: what is typed or piped, up to exit or its end -------------------------------------------------------------
@@ -742,13 +743,11 @@ class Conversation:
         self._awake = threading.Event()
         self._interrupting = False  # in the handler: an Event must not be set in the middle of its being set
         self._entered = 0  # lines, before the server has asked for the password: it takes them for tries
-        self._leaving = False  # so that the server's end-of-file is no surprise
-        self._over = threading.Event()  # no use in connecting again
+        self._leaving = threading.Event()  # so that the server's end-of-file is no surprise
         # Set by either.
         self._ctrl_c = False
         # Set by the receive thread.
-        self._pauses = pauses()  # before tries to connect again
-        self._turned_away = False  # for good: there is no use in trying again
+        self._tries = 0  # to connect again, since a connection was steady
         self._password_is_due = False  # the server has asked for it, and waits
         self._received_all = False
         self._problem: str | None = None  # why the connection was lost
@@ -774,7 +773,6 @@ class Conversation:
 
     def _talk(self) -> None:
         """Send what is entered and show what comes, until one side leaves, or the server wants the password."""
-        self._over.clear()
         self._done_waiting.clear()
         self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
         self._receiver.start()
@@ -785,10 +783,10 @@ class Conversation:
                 self._receiver.join(LEAVE_SECONDS if os.isatty(0) else None)
             finally:
                 self._waiting = False
-                self._over.set()
                 self._done_waiting.set()
         except Interrupted:
             if not self._password_is_due:
+                self._leaving.set()
                 with contextlib.suppress(OSError):  # it is lost
                     self._sock.shutdown(socket.SHUT_RDWR)
             self._receiver.join(LEAVE_SECONDS)
@@ -800,9 +798,9 @@ class Conversation:
         """
         if self._ctrl_c or not can_ask():
             return False
-        self._password_is_due = self._turned_away = self._received_all = False
+        self._password_is_due = self._received_all = False
         self._problem = None
-        if self._leaving:
+        if self._leaving.is_set():
             return False
         self._done_waiting.clear()
         self._waiting = True
@@ -814,33 +812,31 @@ class Conversation:
             if self._entered:
                 self._screen.notice(TOO_EARLY)
             return True
-        except Hopeless as error:
-            self._problem = str(error)
-        except (NotConnected, OSError) as error:
-            if self._connect_again:  # the receive thread finds it lost too, and connects with what is known now
-                return True
-            self._problem = lost(error) if isinstance(error, OSError) else str(error)
         except (EOFError, Interrupted):  # the person leaves
-            pass
+            return False
+        except (NotConnected, Hopeless, OSError) as error:
+            if self._connect_again and not isinstance(error, Hopeless):
+                return True  # the receive thread finds it lost too, and connects with what is known now
+            self._problem = lost(error) if isinstance(error, OSError) else str(error)
+            return False
         finally:
             self._entered = 0
             self._waiting = False
             self._done_waiting.set()
-        return False
 
     def _send_input(self) -> None:
         try:
             for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
-                self._leaving = is_exit
-                self._entered += not is_exit
+                if is_exit:
+                    self._leaving.set()
+                else:
+                    self._entered += 1
                 if self._send(data) and data.startswith(b"/nick "):
                     self._name = data[6:106].decode("utf-8", "replace").strip()  # more is no name
                     self._screen.people.asked_for = self._name
                 if is_exit:
                     break
-            self._leaving = True
-            if not self._connected:
-                self._over.set()
+            self._leaving.set()
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:  # the connection is lost: the receive thread shows what had come, and may know why
             if not self._connect_again:
@@ -856,7 +852,7 @@ class Conversation:
         except OSError:
             if not self._connect_again:
                 raise
-        if not self._leaving:
+        if not self._leaving.is_set():
             self._screen.notice(NOT_SENT)
         return False
 
@@ -887,9 +883,11 @@ class Conversation:
 
     def _receive(self) -> None:
         """Show what comes until the last connection ends; then get the main thread out of its wait for input."""
-        problem = self._show_what_comes()
         try:
-            while problem and self._connect_again and not (self._turned_away or self._leaving or self._ctrl_c):
+            problem = self._show_what_comes()
+            while problem and self._connect_again:
+                if self._password_is_due or self._leaving.is_set() or self._ctrl_c:
+                    break
                 problem = self._show_what_comes() if self._reconnect(self._connect_again) else None
         except Hopeless as error:
             problem = str(error)
@@ -901,9 +899,12 @@ class Conversation:
         """Show what comes until the connection ends; return why it was lost, if it was."""
         refused, begun = False, time.monotonic()
         try:
-            for number, block in enumerate(lines_to_show(received(self._sock))):
+            for number, block in enumerate(received(self._sock)):
+                if number == 0:
+                    check_beginning(block)
+                block = clean(block.replace(b"\r\n", b"\n"))
                 if number == 0 and block.startswith(QUESTION) and not self._password.was_asked:
-                    self._password_is_due = self._turned_away = True
+                    self._password_is_due = True
                     if not can_ask():
                         self._sock.shutdown(socket.SHUT_WR)  # or what is in the pipe would be taken for tries
                     return ASKED_LATE if self._password.known else UNANSWERED
@@ -911,15 +912,12 @@ class Conversation:
                 self._screen.show(block)
                 if self._screen.gone:
                     return None
-            return TURNED_AWAY if refused else None if self._leaving else SERVER_CLOSED
-        except WrongServer as error:
-            self._turned_away = True
-            return str(error)
+            return TURNED_AWAY if refused else None if self._leaving.is_set() else SERVER_CLOSED
         except OSError as error:
             return lost(error)
         finally:
             if time.monotonic() - begun > STEADY_SECONDS:
-                self._pauses = pauses()
+                self._tries = 0
 
     def _reconnect(self, connect_again: Callable[[], socket.socket]) -> bool:
         """Try to connect until that works, and say so; return whether it does before the main thread leaves."""
@@ -927,12 +925,13 @@ class Conversation:
         with contextlib.suppress(OSError):  # whoever is sending is to notice
             self._sock.shutdown(socket.SHUT_RDWR)
         self._screen.show(b"* connection lost, trying again\n")
-        for seconds in self._pauses:
-            if self._over.wait(seconds):
+        while True:
+            if self._leaving.wait(RECONNECT_SECONDS[min(self._tries, len(RECONNECT_SECONDS) - 1)]):
                 return False
+            self._tries += 1
             with contextlib.suppress(OSError, UnicodeError, NotConnected):  # not yet
                 sock = connect_again()
-                if is_admitted(sock) and not self._over.is_set():
+                if is_admitted(sock) and not self._leaving.is_set():
                     break
                 sock.close()
         lost, self._sock = self._sock, sock
@@ -967,7 +966,9 @@ class Conversation:
                 interrupt_main_thread(self._awake, STUCK_SECONDS)
             ending = numbers & LAST_SIGNALS
             if ending:
-                wait_while_running(STUCK_SECONDS)  # the program has ended, and this thread too, unless it is stuck
+                for _ in range(int(STUCK_SECONDS / INTERRUPT_SECONDS)):  # steps: while stopped, none pass
+                    time.sleep(INTERRUPT_SECONDS)
+                # The program has ended, and this thread too, unless it is stuck.
                 self._screen.release()
                 interrupt_main_thread(threading.Event(), STUCK_SECONDS)
                 self._screen.close()
@@ -1033,12 +1034,14 @@ class Password:
         self.was_asked = True
         deadline = time.monotonic() + ANSWER_SECONDS
         sock.settimeout(ANSWER_SECONDS)
-        sock.sendall(self.known + b"\n")
-        for _ in range(tries + 1):
-            reply = read_line(sock, deadline)
-            if reply != b"* wrong password\n":
-                break
-        sock.settimeout(None)
+        try:
+            sock.sendall(self.known + b"\n")
+            for _ in range(tries + 1):
+                reply = read_line(sock, deadline)
+                if reply != b"* wrong password\n":
+                    break
+        finally:
+            sock.settimeout(None)
         if reply == b"* wrong password\n":
             raise Hopeless("Wrong password: ask whoever runs the server for it, and try again.")
         if reply != b"* password accepted\n":
@@ -1053,12 +1056,11 @@ def first_bytes(sock: socket.socket) -> bytes:
     """
     deadline = time.monotonic() + QUESTION_SECONDS
     beginning = b""
-    with waiting_on(sock) as wait:
-        while (seconds := deadline - time.monotonic()) > 0 and wait(seconds):
-            beginning = sock.recv(READ_BYTES, socket.MSG_PEEK)
-            if not beginning or not QUESTION.startswith(beginning) or beginning == QUESTION:
-                break
-            time.sleep(INTERRUPT_SECONDS)  # the rest of the line is on its way
+    while (seconds := deadline - time.monotonic()) > 0 and has_come(sock, seconds):
+        beginning = sock.recv(READ_BYTES, socket.MSG_PEEK)
+        if not beginning or not QUESTION.startswith(beginning) or beginning == QUESTION:
+            break
+        time.sleep(INTERRUPT_SECONDS)  # the rest of the line is on its way
     return beginning
 
 
@@ -1067,53 +1069,43 @@ def can_ask() -> bool:
     return os.isatty(0) and sys.platform != "win32"
 
 
-if sys.platform != "win32":
+def password_typed() -> bytes:
+    """Ask for the password on this process's terminal, unseen, wherever standard input comes from.
 
-    def password_typed() -> bytes:
-        """Ask for the password on this process's terminal, unseen, wherever standard input comes from.
-
-        Blocks; raises EOFError at Ctrl-D, OSError where there is no terminal. Not by getpass: a signal that ends the
-        program in the middle of that leaves the terminal without echo, and after Ctrl-Z it would show what is typed.
-        """
-        with open("/dev/tty", "r+b", buffering=0) as terminal:
-            as_it_was = termios.tcgetattr(terminal)
-            unseen = [*as_it_was]
-            unseen[3] &= ~termios.ECHO
-
-            def ask(*_: object) -> None:
-                termios.tcsetattr(terminal, termios.TCSAFLUSH, unseen)
-                terminal.write(b"Password: ")
-
-            def give_back(number: int, _: object) -> None:
-                termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)  # which ends the program, or stops it for as long as the shell likes
-                signal.signal(number, give_back)
-                termios.tcsetattr(terminal, termios.TCSANOW, unseen)
-
-            handlers: dict[signal.Signals, Callable[[int, object], None]] = {signal.SIGCONT: ask}
-            handlers.update(dict.fromkeys((signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), give_back))
-            before = {number: signal.getsignal(number) for number in handlers}
-            try:
-                for number, handler in handlers.items():
-                    if before[number] != signal.SIG_IGN:
-                        signal.signal(number, handler)
-                ask()
-                line = terminal.readline()
-            finally:
-                termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
-                terminal.write(b"\n")
-                for number, handler_before in before.items():
-                    signal.signal(number, handler_before)
-        if not line:
-            raise EOFError
-        return line.rstrip(b"\n")
-
-else:
-
-    def password_typed() -> bytes:
-        """Ask for the password on the console, unseen. Blocks."""
+    Blocks; raises EOFError at Ctrl-D, OSError where there is no terminal.
+    """
+    if sys.platform == "win32":
         return getpass.getpass("Password: ").encode("utf-8", "replace")
+    # Elsewhere a signal that ends the program in the middle of getpass leaves the terminal without echo, and after
+    # Ctrl-Z it would show what is typed.
+    with open("/dev/tty", "r+b", buffering=0) as terminal, contextlib.ExitStack() as undo:
+        as_it_was = termios.tcgetattr(terminal)
+        unseen = [*as_it_was]
+        unseen[3] &= ~termios.ECHO
+
+        def ask(*_: object) -> None:
+            termios.tcsetattr(terminal, termios.TCSAFLUSH, unseen)
+            terminal.write(b"Password: ")
+
+        def give_back(number: int, _: object) -> None:
+            termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)  # which ends the program, or stops it for as long as the shell likes
+            signal.signal(number, give_back)
+            termios.tcsetattr(terminal, termios.TCSANOW, unseen)
+
+        ending = signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+        for number in (signal.SIGCONT, *ending):
+            undo.callback(signal.signal, number, signal.getsignal(number))
+        undo.callback(terminal.write, b"\n")
+        undo.callback(termios.tcsetattr, terminal, termios.TCSANOW, as_it_was)
+        handle((signal.SIGCONT,), ask)
+        handle(ending, give_back)
+        ask()
+        line = terminal.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip(b"\n")
 
 
 def password_from(path: str | None) -> bytes:
@@ -1135,14 +1127,6 @@ def password_from(path: str | None) -> bytes:
 
 
 # --- Finding a server: without an address, on the same network --------------------------------------------------------
-
-
-class NotConnected(Exception):
-    """Why there is no connection, and what to do, as one sentence."""
-
-
-class Hopeless(Exception):
-    """The same, where there is no use in trying again by itself: the wrong password, the wrong certificate."""
 
 
 def find_servers() -> list[tuple[str, str, int]]:
@@ -1238,12 +1222,11 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
 
     where = f"{host} port {port}"
     try:
-        with contextlib.ExitStack() as unless_secure:
-            unless_secure.enter_context(sock)
-            secure = unless_secure.enter_context(TlsSocket(sock, context, host))
+        with closed_on_error(sock):
+            secure = TlsSocket(sock, context, host)
+        with closed_on_error(secure):
             secure.shake_hands()
-            unless_secure.pop_all()
-            return secure
+        return secure
     except ssl.SSLCertVerificationError as error:
         raise Hopeless(certificate_problem(error, where)) from None
     except TimeoutError:
@@ -1325,11 +1308,11 @@ class TlsSocket(socket.socket):
 
     # Runs in the thread that reads
 
-    def wait(self, selector: selectors.BaseSelector, seconds: float | None) -> bool:
-        """Wait until there is text or the end, so long at most; return whether there is."""
-        deadline = None if seconds is None else time.monotonic() + seconds
+    def has_come(self, seconds: float) -> bool:
+        """Wait until there is text or the end, so many seconds at most; return whether there is. Raise OSError."""
+        deadline = time.monotonic() + seconds
         while not self._text and not self._at_end:
-            if not selector.select(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            if not is_ready(self, selectors.EVENT_READ, max(0.0, deadline - time.monotonic())):
                 return False
             self._read()
         return True
@@ -1414,10 +1397,8 @@ class TlsSocket(socket.socket):
         """Wait until the socket can be read or takes more; raise TimeoutError when that is too late."""
         if deadline is None and self._seconds is not None:
             deadline = time.monotonic() + self._seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(self, event)
-            if not selector.select(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(errno.ETIMEDOUT, "timed out")
+        if not is_ready(self, event, None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(errno.ETIMEDOUT, "timed out")
 
     # Call with the lock held
 
@@ -1463,14 +1444,12 @@ def through_ssh(way: contextlib.ExitStack, target: str, host: str, port: int, ag
         sock.settimeout(SSH_AGAIN_SECONDS)
     if not says(sock, SSH_READY):
         raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
-    sock.settimeout(SSH_REFUSAL_SECONDS)
-    with contextlib.suppress(socket.timeout, TimeoutError):  # the server has nothing to say yet
-        if not sock.recv(1, socket.MSG_PEEK):
-            raise NotConnected(
-                f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
-                "behind the host; ssh says above what it found."
-            )
     sock.settimeout(None)
+    if has_come(sock, SSH_REFUSAL_SECONDS) and not sock.recv(1, socket.MSG_PEEK):
+        raise NotConnected(
+            f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
+            "behind the host; ssh says above what it found."
+        )
     return sock
 
 
@@ -1486,9 +1465,7 @@ def end_child(child: subprocess.Popen[bytes]) -> None:
 def start_on_socket(command: list[str], without_terminal: bool) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Start a program, and return it and a socket that is its standard input and output. Raises OSError."""
     ours, theirs = socket.socketpair()
-    with contextlib.ExitStack() as unless_started:
-        unless_started.enter_context(ours)
-        unless_started.enter_context(theirs)
+    with closed_on_error(ours), closed_on_error(theirs):
         errors = subprocess.DEVNULL if without_terminal else None
         if sys.platform != "win32":
             child = subprocess.Popen(  # noqa: S603 - no shell
@@ -1512,7 +1489,6 @@ def start_on_socket(command: list[str], without_terminal: bool) -> tuple[socket.
                 (read, theirs.sendall, no_more, theirs.close),
             ):
                 threading.Thread(target=pump, args=pumped, daemon=True).start()
-        unless_started.pop_all()
     return ours, child
 
 
@@ -1650,10 +1626,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     sock = connect(options.host, options.port)
                     if context:
                         sock = secured(sock, context, options.host, options.port)
-                with contextlib.ExitStack() as unless_entered:
-                    unless_entered.callback(sock.close)
+                with closed_on_error(sock):
                     password.enter(sock)
-                    unless_entered.pop_all()
                 return sock
 
             try:
