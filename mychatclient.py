@@ -86,11 +86,9 @@ STEADY_SECONDS = 10.0  # a connection that lasted so long: the pauses begin anew
 ADMITTED_SECONDS = 0.5  # in which a server that turns somebody away has said so
 STUCK_SECONDS = 2.0  # after which a main thread that has to end is stuck, behind Ctrl-S for example
 
-if sys.platform == "win32":
-    NO_SIGNALS, LAST_SIGNALS = {0}, {signal.SIGINT}
-else:
-    NO_SIGNALS = {signal.SIGURG}  # it is ours: to interrupt the main thread
-    LAST_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+# By name, as Windows has not all of them.
+OWN_SIGNALS = {number for number in signal.Signals if number.name == "SIGURG"}  # to interrupt the main thread
+LAST_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
 
 NOT_SENT = "* not connected: this line was not sent"
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
@@ -219,9 +217,8 @@ class Screen:
         self._style = style
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
-        self._lock = (
-            threading.RLock()
-        )  # one message at a time; a signal's handler may show one in the middle of another
+        # One message at a time; but a handler of signals may have to say something in the middle of one.
+        self._lock = threading.RLock()
 
     def show(self, block: bytes) -> None:
         """Show whole lines that came from the server, below an empty row each."""
@@ -726,7 +723,7 @@ class Conversation:
         screen: Screen,
         name: str,
         password: Password,
-        connect_again: Callable[[], socket.socket] | None = None,
+        connect_again: Callable[[], socket.socket] | None,
     ) -> None:
         self._sock = sock
         self._screen = screen
@@ -827,10 +824,9 @@ class Conversation:
     def _send_input(self) -> None:
         try:
             for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
+                self._entered += not is_exit
                 if is_exit:
                     self._leaving.set()
-                else:
-                    self._entered += 1
                 if self._send(data) and data.startswith(b"/nick "):
                     self._name = data[6:106].decode("utf-8", "replace").strip()  # more is no name
                     self._screen.people.asked_for = self._name
@@ -934,8 +930,8 @@ class Conversation:
                 if is_admitted(sock) and not self._leaving.is_set():
                     break
                 sock.close()
-        lost, self._sock = self._sock, sock
-        lost.close()
+        before, self._sock = self._sock, sock
+        before.close()
         people = self._screen.people
         if people.own_label and not people.own_label[0].isdigit():  # not a port: the last name that we got
             self._name = people.own_label
@@ -961,7 +957,7 @@ class Conversation:
                 self._ctrl_c = True
                 self._done_waiting.wait(INTERRUPT_SECONDS)  # the main thread has most probably seen it
                 self._interrupt_input(STUCK_SECONDS)
-            elif numbers - NO_SIGNALS:
+            elif numbers - OWN_SIGNALS:
                 self._awake.clear()
                 interrupt_main_thread(self._awake, STUCK_SECONDS)
             ending = numbers & LAST_SIGNALS
@@ -1287,23 +1283,21 @@ class TlsSocket(socket.socket):
         import ssl
 
         deadline = time.monotonic() + HANDSHAKE_SECONDS
-        is_done = False
-        while not is_done:
+        while True:
             try:
                 self._tls.do_handshake()
-                is_done = True
+                break
             except ssl.SSLWantReadError:
                 pass
             finally:  # what is wrong is told the server too
                 self._send_all(deadline)
-            if not is_done:
-                self._wait_for(selectors.EVENT_READ, deadline)
-                data = super().recv(READ_BYTES)
-                if not data:
-                    raise ConnectionResetError
-                if data.startswith(REFUSALS):  # in plain text: no handshake was begun for us
-                    raise NotConnected("The server has turned this client away; try again later.")
-                self._received.write(data)
+            self._wait_for(selectors.EVENT_READ, deadline)
+            data = super().recv(READ_BYTES)
+            if not data:
+                raise ConnectionResetError
+            if data.startswith(REFUSALS):  # in plain text: no handshake was begun for us
+                raise NotConnected("The server has turned this client away; try again later.")
+            self._received.write(data)
         self._decrypt(b"")  # what came with the handshake's end: TLS 1.2 lets a server speak at once
 
     # Runs in the thread that reads
@@ -1340,22 +1334,20 @@ class TlsSocket(socket.socket):
     def _decrypt(self, data: bytes) -> None:
         import ssl
 
-        parts = [self._text]
         with self._lock:
             self._received.write(data)
             try:
                 while part := self._tls.read(READ_BYTES):
-                    parts.append(part)
+                    self._text += part
                 self._at_end = True
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLZeroReturnError:
                 self._at_end = True
             except ssl.SSLError as error:
-                if not any(parts):  # else it is read first, and what follows will tell
+                if not self._text:  # else it is read first, and what follows will tell
                     raise OSError(errno.EPROTO, f"TLS failed: {error.reason}") from None
             finally:
-                self._text = b"".join(parts)
                 with contextlib.suppress(OSError):  # who sends is told too; what had come before is read
                     self._send()
             if self._output.pending > TLS_OUTPUT_BYTES:
@@ -1442,7 +1434,10 @@ def through_ssh(way: contextlib.ExitStack, target: str, host: str, port: int, ag
     way.callback(sock.close)
     if again:
         sock.settimeout(SSH_AGAIN_SECONDS)
-    if not says(sock, SSH_READY):
+    while line := read_line(sock):
+        if line.endswith(b"\n") and line.rstrip() == SSH_READY:
+            break
+    else:
         raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
     sock.settimeout(None)
     if has_come(sock, SSH_REFUSAL_SECONDS) and not sock.recv(1, socket.MSG_PEEK):
@@ -1502,14 +1497,6 @@ def pump(read: Callable[[], bytes], write: Callable[[bytes], object], *ends: Cal
             end()
 
 
-def says(sock: socket.socket, expected: bytes) -> bool:
-    """Read ``sock`` up to the end of a line that is ``expected``, and no further; return whether it comes. Blocks."""
-    while line := read_line(sock):
-        if line.endswith(b"\n") and line.rstrip() == expected:
-            return True
-    return False
-
-
 # --- The command line: whom to join, and what can go wrong ------------------------------------------------------------
 
 
@@ -1528,9 +1515,8 @@ def forget_typed() -> None:
 
 def open_missing_descriptors() -> None:
     """Open the null device for a standard stream that was closed, or the connection would get its number."""
-    descriptor = os.open(os.devnull, os.O_RDWR)
-    while descriptor <= 2:
-        descriptor = os.open(os.devnull, os.O_RDWR)
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
     os.close(descriptor)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # which input() would miss
@@ -1555,30 +1541,23 @@ def port_number(text: str) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     parser = argparse.ArgumentParser(prog="mychatclient", description="A chat client.", allow_abbrev=False)
-    parser.add_argument("host", nargs="?", help=f"whom to join (default: {DEFAULT_HOST})")
-    parser.add_argument("port", nargs="?", type=port_number, help=f"its port (default: {DEFAULT_PORT})")
-    parser.add_argument("--tls", action="store_true", help="encrypt, and check whose the server is (default: do not)")
-    parser.add_argument(
-        "--tls-ca", metavar="PEM", help="the same, trusting this certificate (default: the system's authorities)"
-    )
-    parser.add_argument("--lan", action="store_true", help="find the server on this network (default: do not)")
-    parser.add_argument(
-        "--ssh", metavar="[USER@]MACHINE", help="join through ssh, as seen from there (default: do not)"
-    )
-    parser.add_argument(
-        "--name", default=os.environ.get("MYCHAT_NAME", ""), help="be called this (default: MYCHAT_NAME, or the port)"
-    )
+    add = parser.add_argument
+    add("host", nargs="?", help=f"whom to join (default: {DEFAULT_HOST})")
+    add("port", nargs="?", type=port_number, help=f"its port (default: {DEFAULT_PORT})")
+    add("--tls", action="store_true", help="encrypt, and check whose the server is (default: do not)")
+    add("--tls-ca", metavar="PEM", help="the same, trusting this certificate (default: the system's authorities)")
+    add("--lan", action="store_true", help="find the server on this network (default: do not)")
+    add("--ssh", metavar="[USER@]MACHINE", help="join through ssh, as seen from there (default: do not)")
+    add("--name", default=os.environ.get("MYCHAT_NAME", ""), help="be called this (default: MYCHAT_NAME, or the port)")
     password = parser.add_mutually_exclusive_group()
     password.add_argument("--password", action="store_true", help="ask for the server's password (default: if it asks)")
     password.add_argument("--password-file", metavar="FILE", help="whose first line it is (default: MYCHAT_PASSWORD)")
-    parser.add_argument("--bell", action="store_true", help="ring when a line names you (default: do not)")
-    parser.add_argument("--reconnect", action="store_true", help="after a lost connection, try again (default: do not)")
-    parser.add_argument("--time", action="store_true", help="show when each line came (default: do not)")
-    parser.add_argument("--no-color", action="store_true", help="show no colours (default: show them in a terminal)")
-    parser.add_argument(
-        "--plain", action="store_true", help="only add to the screen, for screen readers (default: off)"
-    )
-    parser.add_argument("--version", action="version", version=f"mychatclient {__version__}")
+    add("--bell", action="store_true", help="ring when a line names you (default: do not)")
+    add("--reconnect", action="store_true", help="after a lost connection, try again (default: do not)")
+    add("--time", action="store_true", help="show when each line came (default: do not)")
+    add("--no-color", action="store_true", help="show no colours (default: show them in a terminal)")
+    add("--plain", action="store_true", help="only add to the screen, for screen readers (default: off)")
+    add("--version", action="version", version=f"mychatclient {__version__}")
     options = parser.parse_args(argv)
     if options.reconnect and not (os.isatty(0) and os.isatty(1)):
         parser.error("--reconnect is for a terminal: what comes through a pipe meanwhile would be lost")
@@ -1640,10 +1619,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 forget_typed()
                 return 1
             screen = screen_for(options, local_label(sock))  # from here on a signal may find it
-            name = " ".join(options.name.split())
             connect_again = (lambda: join(again=True)) if options.reconnect else None
             try:
-                return Conversation(sock, screen, name, password, connect_again).run()
+                return Conversation(sock, screen, " ".join(options.name.split()), password, connect_again).run()
             finally:
                 screen.close()
     except KeyboardInterrupt:
