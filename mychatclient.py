@@ -211,8 +211,8 @@ class Screen:
     """Owns standard output, and what is typed. Any thread may show something, and blocks while standard output does."""
 
     def __init__(self, style: Style) -> None:
-        self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written,
-        self.problem = ""  # as on a full disk, for this reason
+        self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written
+        self.problem = ""  # why nothing can be, as on a full disk
         self.people = style.people
         self._style = style
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
@@ -983,8 +983,7 @@ class Conversation:
     def _farewell(self) -> int:
         """Say how the conversation ended; return the exit status."""
         if self._ctrl_c:
-            is_stuck = self._receiver.is_alive() and self._connected  # in showing something, and so would this be
-            if not is_stuck:
+            if not (self._receiver.is_alive() and self._connected):  # stuck in showing something, as this would be
                 self._screen.say(FAREWELL)
             return 130
         if self._screen.gone:
@@ -1090,13 +1089,13 @@ def password_typed() -> bytes:
             signal.signal(number, give_back)
             termios.tcsetattr(terminal, termios.TCSANOW, unseen)
 
-        ending = signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-        for number in (signal.SIGCONT, *ending):
+        leaving = signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+        for number in (signal.SIGCONT, *leaving):
             undo.callback(signal.signal, number, signal.getsignal(number))
         undo.callback(terminal.write, b"\n")
         undo.callback(termios.tcsetattr, terminal, termios.TCSANOW, as_it_was)
         handle((signal.SIGCONT,), ask)
-        handle(ending, give_back)
+        handle(leaving, give_back)
         ask()
         line = terminal.readline()
     if not line:
@@ -1122,7 +1121,7 @@ def password_from(path: str | None) -> bytes:
     return password
 
 
-# --- Finding a server: without an address, on the same network --------------------------------------------------------
+# --- Finding a server on the same network; without --lan nothing of this runs -----------------------------------------
 
 
 def find_servers() -> list[tuple[str, str, int]]:
@@ -1404,7 +1403,7 @@ class TlsSocket(socket.socket):
         return not self._ciphertext and not self._output.pending
 
 
-# --- Through ssh: to a server that listens only on its own machine, with the accounts that exist there ----------------
+# --- Through ssh: to a server that only its own machine can reach; without --ssh nothing of this runs -----------------
 
 
 def through_ssh(way: contextlib.ExitStack, target: str, host: str, port: int, again: bool) -> socket.socket:
@@ -1479,11 +1478,10 @@ def start_on_socket(command: list[str], without_terminal: bool) -> tuple[socket.
             receive = functools.partial(theirs.recv, READ_BYTES)
             read = functools.partial(child.stdout.read, READ_BYTES)
             no_more = functools.partial(theirs.shutdown, socket.SHUT_RDWR)
-            for pumped in (
-                (receive, child.stdin.write, child.stdin.close),
-                (read, theirs.sendall, no_more, theirs.close),
-            ):
-                threading.Thread(target=pump, args=pumped, daemon=True).start()
+            there = receive, child.stdin.write, child.stdin.close
+            back = read, theirs.sendall, no_more, theirs.close
+            threading.Thread(target=pump, args=there, daemon=True).start()
+            threading.Thread(target=pump, args=back, daemon=True).start()
     return ours, child
 
 
