@@ -236,10 +236,7 @@ class Screen:
         """Show what another thread wants shown, if only the main thread can."""
 
     def line(self, unsent: str) -> str:
-        """Return the next line that a person enters, beginning with ``unsent`` if possible.
-
-        Blocks; raises EOFError at Ctrl-D.
-        """
+        """Return the next line entered; it may begin with ``unsent``. Blocks; raises EOFError at Ctrl-D."""
         return input()
 
     def secret(self) -> bytes:
@@ -426,8 +423,7 @@ if sys.platform != "win32":
 
         def _completion(self, begun: str, number: int) -> str | None:
             """Return the label of that number, of those seen that begin so; if there is none, Tab is a character."""
-            labels = list(self.people.labels) if begun else []
-            matches = [label for label in labels if label.startswith(begun)]
+            matches = [label for label in list(self.people.labels) if begun and label.startswith(begun)]
             if not matches:
                 self._insert("\t")
                 self._readline.rl_redisplay()
@@ -584,10 +580,7 @@ def has_come(sock: socket.socket, seconds: float) -> bool:
 
 
 def is_admitted(sock: socket.socket) -> bool:
-    """Return whether a server keeps us: it has neither closed nor said why it will. Blocks ADMITTED_SECONDS at most.
-
-    Raises OSError when the connection is lost already.
-    """
+    """Return whether a server keeps us for ADMITTED_SECONDS. Blocks as long; raises OSError when it is lost already."""
     if not has_come(sock, ADMITTED_SECONDS):
         return True
     beginning = sock.recv(100, socket.MSG_PEEK)
@@ -789,10 +782,7 @@ class Conversation:
             self._receiver.join(LEAVE_SECONDS)
 
     def _give_password(self) -> bool:
-        """Answer the server's question with what is known, or with what the person enters; return whether we may go on.
-
-        Blocks until the server has said what it thinks of that.
-        """
+        """Answer the server's question, and have the person asked if need be; return whether we may go on. Blocks."""
         if self._ctrl_c or not can_ask():
             return False
         self._password_is_due = self._received_all = False
@@ -1045,10 +1035,7 @@ class Password:
 
 
 def first_bytes(sock: socket.socket) -> bytes:
-    """Return how a connection begins, as far as it may be a question, without reading it; nothing if nothing comes.
-
-    Blocks QUESTION_SECONDS at most. Raises OSError when the connection is lost.
-    """
+    """Return how a connection begins, unread; nothing if nothing comes in QUESTION_SECONDS. Raises OSError."""
     deadline = time.monotonic() + QUESTION_SECONDS
     beginning = b""
     while (seconds := deadline - time.monotonic()) > 0 and has_come(sock, seconds):
@@ -1104,10 +1091,7 @@ def password_typed() -> bytes:
 
 
 def password_from(path: str | None) -> bytes:
-    """Return the password, of a file's first line or the environment; nothing if neither is given.
-
-    Raises NotConnected.
-    """
+    """Return the password: a file's first line, else the environment's, or nothing. Raises NotConnected."""
     password, source = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape"), "MYCHAT_PASSWORD"
     if path is not None:
         source = path
