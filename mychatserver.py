@@ -31,7 +31,8 @@ The relay
     a round costs one send a member, and nobody relays for ever.
     A send never blocks: what a socket does not take becomes its client's backlog, which the server thread sends on.
     While somebody is late (has a large backlog), everyone else may say its share and then waits, so a flood runs at
-    the pace of the slowest reader, and nothing is lost. A reader under the floor is let go.
+    the pace of the slowest reader, and nothing is lost. A reader under the floor is let go. (In this order:
+    Client.give, Room._pass_on, Room._pays, Room.is_late, Client.under_floor.)
 
 To read it
     Lines, batches, members, the room, people and the server are the chat. The sections behind them, up to the command
@@ -877,7 +878,7 @@ class Room:
     def join(self, client: Client) -> None:
         """Enter: from here on ``client`` is given every line. Raise Refused with the reason. Waits for the turn."""
         with self._turn:
-            self._take_turn()  # who has just given up this label is told of before
+            self._relay_queued()  # who has just given up this label is told of before
             with self._queue_lock:
                 if self._closed:
                     raise Refused("server stopping")
@@ -919,7 +920,7 @@ class Room:
             lines, must_take_turn = self._put_down(client, lines)
             if must_take_turn:
                 with self._turn:
-                    self._take_turn()
+                    self._relay_queued()
 
     def _put_down(self, client: Speaker, lines: bytes) -> tuple[bytes, bool]:
         """Wait until some of ``lines`` may be queued; return the others, and whether to take the turn."""
@@ -948,7 +949,7 @@ class Room:
                 must_take_turn = self._append(client, notice, to_all=True)
         if must_take_turn:
             with self._turn:
-                self._take_turn()
+                self._relay_queued()
         if not is_free:
             self.reply(client, f"* name '{name}' is taken")
 
@@ -983,7 +984,7 @@ class Room:
     def who(self, client: Client) -> None:
         """Tell ``client`` who is here. Blocks like ``reply``."""
         with self._turn:
-            self._take_turn()  # renames are told before
+            self._relay_queued()  # renames are told before
             self._give(client, self._who(client))
         self._wait_on_time(client)
 
@@ -1008,7 +1009,7 @@ class Room:
             self._closed = True
         with self._turn:
             while self._queue:
-                self._take_turn()
+                self._relay_queued()
 
     def finish(self, client: Client) -> None:
         """Have ``client`` leave behind what was queued for it."""
@@ -1061,7 +1062,7 @@ class Room:
         for member in members:
             self._pass_on(member, pieces)
 
-    def _take_turn(self) -> None:
+    def _relay_queued(self) -> None:
         """Relay what is queued, a round at a time, until nothing is left or somebody else waits for the turn."""
         while batch := self._next_batch():
             for member in self._members:
@@ -1287,7 +1288,9 @@ def answer(room: Room, client: Client, text: str) -> None:
         room.reply(client, "* nobody has written to you privately")
 
 
-def leave(room: Room, client: Client, _: str) -> None:
+def leave(room: Room, client: Client, argument: str) -> None:
+    if argument:  # the client, which waits for the end after the command alone, would take it for a lost connection
+        raise Usage
     raise Quit
 
 

@@ -327,8 +327,9 @@ BUGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("            self._turn_is_awaited = False\n            was_full", "            was_full"),
         ("            if self._turn_is_awaited or not self._queue:", "            if not self._queue:"),
         (
-            "                    self._take_turn()\n\n    def _put_down",
-            "                    self._take_turn()\n                self._turn_is_awaited = False\n\n    def _put_down",
+            "                    self._relay_queued()\n\n    def _put_down",
+            "                    self._relay_queued()\n                self._turn_is_awaited = False\n\n"
+            "    def _put_down",
         ),
     ),
     "lateness is not lifted on leaving": (
@@ -355,7 +356,7 @@ BUGS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "somebody joins between taking the queue and giving it": (
         (
-            "        with self._turn:\n            self._take_turn()  # who has just",
+            "        with self._turn:\n            self._relay_queued()  # who has just",
             "        if True:\n            pass  # who has just",
         ),
     ),

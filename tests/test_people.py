@@ -358,7 +358,8 @@ class Private(People):
     def test_help_and_quit(self) -> None:
         self.ann.say("/help")
         self.ann.expect(*(f"* {usage}: {meaning}" for usage, meaning, _ in COMMANDS.values()))
-        self.ann.send("bye\n/quit\nnot said\n")
+        self.ann.send("/quit now\nbye\n/quit\nnot said\n")
+        self.ann.expect("* usage: /quit")
         self.bob.expect(f"{self.ann.label}:bye")
         self.ann.expect_end()
         self.server.expect(f"{self.ann.label}:bye", "Connection closed")
