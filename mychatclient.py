@@ -727,13 +727,14 @@ class Conversation:
         # it: never, for one that comes just before a blocking read.
         self._numbers, self._signals = socket.socketpair()
         self._signals.setblocking(False)
-        # Set by the main thread, where signal handlers run too.
+        # Set by the main thread, where signal handlers run too. No Event is set while it may be interrupted: its lock
+        # could stay held, for whoever sets it next.
         self._waiting = False  # for input, or for the server to close: may be interrupted
         self._done_waiting = threading.Event()
         self._awake = threading.Event()
         self._interrupting = False  # in the handler: an Event must not be set in the middle of its being set
         self._entered = 0  # lines, before the server has asked for the password: it takes them for tries
-        self._leaving = threading.Event()  # so that the server's end-of-file is no surprise
+        self._leaving = False  # so that the server's end-of-file is no surprise
         # Set by either.
         self._ctrl_c = False
         # Set by the receive thread.
@@ -770,13 +771,14 @@ class Conversation:
             try:
                 self._waiting = True
                 self._send_input()
+                if not self._connected:
+                    raise Interrupted  # nothing more comes, and there is no use in connecting again
                 self._receiver.join(LEAVE_SECONDS if os.isatty(0) else None)
             finally:
                 self._waiting = False
                 self._done_waiting.set()
         except Interrupted:
             if not self._password_is_due:
-                self._leaving.set()
                 with contextlib.suppress(OSError):  # it is lost
                     self._sock.shutdown(socket.SHUT_RDWR)
             self._receiver.join(LEAVE_SECONDS)
@@ -787,7 +789,7 @@ class Conversation:
             return False
         self._password_is_due = self._received_all = False
         self._problem = None
-        if self._leaving.is_set():
+        if self._leaving:
             return False
         self._done_waiting.clear()
         self._waiting = True
@@ -815,14 +817,13 @@ class Conversation:
         try:
             for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
                 self._entered += not is_exit
-                if is_exit:
-                    self._leaving.set()
+                self._leaving = is_exit
                 if self._send(data) and data.startswith(b"/nick "):
                     self._name = data[6:106].decode("utf-8", "replace").strip()  # more is no name
                     self._screen.people.asked_for = self._name
                 if is_exit:
                     break
-            self._leaving.set()
+            self._leaving = True
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:  # the connection is lost: the receive thread shows what had come, and may know why
             if not self._connect_again:
@@ -838,7 +839,7 @@ class Conversation:
         except OSError:
             if not self._connect_again:
                 raise
-        if not self._leaving.is_set():
+        if not self._leaving:
             self._screen.notice(NOT_SENT)
         return False
 
@@ -872,7 +873,7 @@ class Conversation:
         try:
             problem = self._show_what_comes()
             while problem and self._connect_again:
-                if self._password_is_due or self._leaving.is_set() or self._ctrl_c:
+                if self._password_is_due or self._leaving or self._ctrl_c:
                     break
                 problem = self._show_what_comes() if self._reconnect(self._connect_again) else None
         except Hopeless as error:
@@ -898,7 +899,7 @@ class Conversation:
                 self._screen.show(block)
                 if self._screen.gone:
                     return None
-            return TURNED_AWAY if refused else None if self._leaving.is_set() else SERVER_CLOSED
+            return TURNED_AWAY if refused else None if self._leaving else SERVER_CLOSED
         except OSError as error:
             return lost(error)
         finally:
@@ -912,12 +913,12 @@ class Conversation:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._screen.show(b"* connection lost, trying again\n")
         while True:
-            if self._leaving.wait(RECONNECT_SECONDS[min(self._tries, len(RECONNECT_SECONDS) - 1)]):
+            if self._done_waiting.wait(RECONNECT_SECONDS[min(self._tries, len(RECONNECT_SECONDS) - 1)]):
                 return False
             self._tries += 1
             with contextlib.suppress(OSError, UnicodeError, NotConnected):  # not yet
                 sock = connect_again()
-                if is_admitted(sock) and not self._leaving.is_set():
+                if is_admitted(sock) and not self._done_waiting.is_set():
                     break
                 sock.close()
         before, self._sock = self._sock, sock

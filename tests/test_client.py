@@ -34,6 +34,16 @@ from tests.support import (
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
 
+# A client whose main thread stays long between taking the lock of a Condition, or an Event, and what it does with it.
+SLOW_TO_LOCK = f"""
+import sys, threading, time
+main, enter = threading.get_ident(), threading.Condition.__enter__
+threading.Condition.__enter__ = lambda lock: (enter(lock), time.sleep(0.3 if threading.get_ident() == main else 0))[0]
+sys.path.insert(0, {str(pathlib.Path(CLIENT).parent)!r})
+import mychatclient
+sys.exit(mychatclient.main())
+"""
+
 
 def client(port: int, *options: str) -> Program:
     """Return a client in pipes."""
@@ -218,6 +228,20 @@ class Pipes(TestCase):
                 program.process.send_signal(signal.SIGINT)
                 program.end_input()
                 program.expect(FAREWELL)
+                self.assertEqual(program.wait(), 0)
+
+    def test_the_servers_end_is_no_interruption_with_a_lock_held(self) -> None:
+        """Who leaves is interrupted by the server's end-of-file nowhere where it could wait for itself for ever."""
+
+        def serve(connection: socket.socket) -> None:
+            self.assertEqual(connection.recv(100), b"exit\n")
+            time.sleep(0.1)  # for the main thread to be in the middle of what it does next
+
+        with home_made_server(serve) as port:
+            command = (sys.executable, "-c", SLOW_TO_LOCK, LOOPBACK, str(port))
+            with Program(*command, keep_input=True) as program:
+                program.send(b"exit\n")
+                program.expect(GREETING, FAREWELL)
                 self.assertEqual(program.wait(), 0)
 
     def test_input_that_cannot_be_read_is_none(self) -> None:
