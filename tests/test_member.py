@@ -22,6 +22,28 @@ class Quiet:
         pass
 
 
+class Connection(mychatserver.Client):
+    """A client whose connection takes as many bytes as the test says."""
+
+    def __init__(self, port: int = 1) -> None:
+        self.sock = mock.Mock()
+        super().__init__(self.sock, (LOOPBACK, port), self._ask)
+        self.takes = 1 << 30
+        self.heard = b""
+        self.sent: list[int] = []  # pieces in each send
+        self.asked = 0  # times that the server thread was asked to send
+
+    def _ask(self, _: mychatserver.Client) -> None:
+        self.asked += 1
+
+    def _send(self, pieces: Sequence[memoryview]) -> int:
+        self.sent.append(len(pieces))
+        data = b"".join(pieces)[: self.takes]
+        self.takes -= len(data)
+        self.heard += data
+        return len(data)
+
+
 class Queue(TestCase):
     """What waits for its turn."""
 
@@ -148,57 +170,42 @@ class Member(TestCase):
 
 
 class Backlog(TestCase):
-    """What waits for a connection, which takes as many bytes as a test says."""
+    """What waits for a connection."""
 
     def setUp(self) -> None:
-        self.sock = mock.Mock()
-        self.asked = 0  # times that the server thread was asked to send
-        self.client = mychatserver.Client(self.sock, (LOOPBACK, 1), self.ask)
-        self.takes = 0
-        self.heard = b""
-        self.sent: list[int] = []  # pieces in each send
-        self.client._send = self.send  # type: ignore[method-assign]
-
-    def ask(self, client: mychatserver.Client) -> None:
-        self.asked += 1
-
-    def send(self, pieces: Sequence[memoryview]) -> int:
-        self.sent.append(len(pieces))
-        data = b"".join(pieces)[: self.takes]
-        self.takes -= len(data)
-        self.heard += data
-        return len(data)
+        self.client = Connection()
 
     def give(self, *pieces: bytes, takes: int) -> int:
         """Give pieces to a connection that takes so much now; return the backlog."""
-        self.takes = takes
+        self.client.takes = takes
         return self.client.give([memoryview(piece) for piece in pieces])
 
     def test_nothing_overtakes_a_backlog(self) -> None:
         """However small it is, and though the connection could take it."""
         self.assertEqual(self.give(b"one", b"two", takes=5), 1)
         self.assertEqual(self.give(b"three", takes=100), 6)
-        self.assertEqual((self.heard, self.asked), (b"onetw", 1))
+        self.assertEqual((self.client.heard, self.client.asked), (b"onetw", 1))
         self.assertEqual(self.client.flush(), 0)
         self.assertEqual(self.give(b"four", takes=100), 0)
-        self.assertEqual((self.heard, self.asked), (b"onetwothreefour", 1))
+        self.assertEqual((self.client.heard, self.client.asked), (b"onetwothreefour", 1))
 
     def test_a_backlog_goes_out_in_its_order_so_much_and_so_many_pieces_at_a_time(self) -> None:
         pieces = [bytes([65 + number]) * size for number, size in enumerate((3, 7, 25, 1, 1, 1, 1, 10, 9))]
         whole = b"".join(pieces)
         with mock.patch.multiple(mychatserver, FLUSH_BYTES=10, MAX_PIECES=3, SMALL_BYTES=0):
             self.assertEqual(self.give(*pieces, takes=0), len(whole))
-            self.sent.clear()
-            self.takes = 100
+            self.client.sent.clear()
+            self.client.takes = 100
             left: list[int] = []
             while not left or left[-1]:
                 left.append(self.client.flush())
-        self.assertEqual(self.heard, whole)
+        self.assertEqual(self.client.heard, whole)
         self.assertEqual(left, [48, 38, 28, 21, 11, 1, 0])
-        self.assertLessEqual(max(self.sent), 3)
+        self.assertLessEqual(max(self.client.sent), 3)
 
     def test_small_pieces_are_joined_and_large_ones_are_not_copied(self) -> None:
         large = memoryview(b"y" * mychatserver.SMALL_BYTES)
+        self.client.takes = 0
         self.client.give([large])
         for _ in range(10_000):
             self.give(b"x" * 10, takes=0)
@@ -207,25 +214,195 @@ class Backlog(TestCase):
         self.assertEqual(self.client.behind, 100_000 + 3 * len(large))
         self.assertLess(len(self.client._backlog), 40)
         self.assertEqual(sum(piece.obj is large.obj for piece in self.client._backlog), 3)
-        self.takes = 1 << 20
+        self.client.takes = 1 << 20
         self.client.flush()
-        self.assertEqual(self.heard, bytes(large) + b"x" * 100_000 + bytes(large) * 2)
+        self.assertEqual(self.client.heard, bytes(large) + b"x" * 100_000 + bytes(large) * 2)
 
     def test_end_of_file_comes_behind_the_backlog_and_nothing_more_is_taken(self) -> None:
         self.give(b"last", takes=1)
         self.client.finish()
         self.assertEqual(self.give(b"later", takes=0), 0)
-        self.sock.shutdown.assert_not_called()
-        self.takes = 100
+        self.client.sock.shutdown.assert_not_called()
+        self.client.takes = 100
         self.assertEqual(self.client.flush(), 0)
-        self.sock.shutdown.assert_called_once_with(socket.SHUT_WR)
-        self.assertEqual(self.heard, b"last")
+        self.client.sock.shutdown.assert_called_once_with(socket.SHUT_WR)
+        self.assertEqual(self.client.heard, b"last")
         self.assertEqual((self.client.leaving, self.client.ended), (True, False))
 
     def test_who_is_let_go_is_sent_nothing_more(self) -> None:
         self.give(b"last", takes=1)
         self.client.end()
-        self.sock.shutdown.assert_called_once_with(socket.SHUT_RDWR)
-        self.assertEqual((self.give(b"later", takes=100), self.client.flush(), self.heard), (0, 0, b"l"))
+        self.client.sock.shutdown.assert_called_once_with(socket.SHUT_RDWR)
+        self.assertEqual((self.give(b"later", takes=100), self.client.flush(), self.client.heard), (0, 0, b"l"))
         self.client.finish()
         self.assertEqual((self.client.leaving, self.client.gone, self.client.ended), (True, True, True))
+
+
+class Room(TestCase):
+    """Who may say how much, and when."""
+
+    def setUp(self) -> None:
+        self.room = mychatserver.Room(cast(Any, Quiet()), quiet=True)
+        self.background = Background()
+
+    def enter(self, count: int) -> list[Connection]:
+        clients = [Connection(port) for port in range(1, count + 1)]
+        for client in clients:
+            self.room.join(client)
+        return clients
+
+    def make_late(self, client: Connection) -> None:
+        client.takes = 0
+        with self.room._turn:
+            self.room._pass_on(client, [memoryview(b"x" * (mychatserver.LATE_BYTES + 1))])
+
+    def test_one_waits_for_the_turn_and_the_rest_put_down_and_go_on(self) -> None:
+        listener, *talkers = self.enter(21)
+        with self.room._turn:
+            threads = [self.background.run(self.room.relay, talker, b"x\n") for talker in talkers]
+            eventually(lambda: sum(thread.is_alive() for thread in threads) == 1)
+            self.assertEqual(listener.heard, b"")
+        self.background.join()
+        self.assertEqual(len(listener.sent), 1)
+        self.assertEqual(sorted(listener.heard.splitlines()), sorted(f"{n}:x".encode() for n in range(2, 22)))
+
+    def test_a_block_goes_out_at_once_and_who_shares_a_round_has_a_part_of_it(self) -> None:
+        """A round of what is to be delivered; a part of it for each who has put down something."""
+        listener, talker, *others = self.enter(4)
+        line = b"x" * 998 + b"\n"
+        self.room.relay(talker, line * 1_000)
+        self.assertEqual(len(listener.sent), 1)
+        with self.room._turn:
+            for number, other in enumerate(others, 1):
+                self.background.run(self.room.relay, other, b"other\n")
+                eventually(lambda: len(self.room._queued) == number)  # noqa: B023 - called at once
+            with self.room._queue_lock:
+                portion, rest = self.room._portion(talker, line * 2_000) or (b"", b"")
+        self.assertEqual((len(portion), len(rest)), (349 * 1_001, (2_000 - 349) * 999))
+        self.background.join()
+
+    def test_a_round_is_as_large_as_the_members_are_few(self) -> None:
+        member = mock.Mock()
+        for count, size in ((0, 1 << 20), (32, 1 << 20), (64, 1 << 19), (512, 1 << 16), (9_999, 1 << 16)):
+            self.room._members = [member] * count
+            self.assertEqual(self.room._round_bytes(), size)
+
+    def test_a_round_is_taken_first_come_first_served_up_to_its_size(self) -> None:
+        listener, *talkers = self.enter(5)
+        with mock.patch.object(mychatserver, "ROUND_BYTES", (10, 10)):
+            with self.room._queue_lock:
+                for talker, block in zip(talkers, (b"123456789012\n", b"1234\n", b"67890", b"1")):
+                    self.room._append(talker, block)
+            taken = []
+            while batch := self.room._next_batch():
+                taken.append(b"".join(batch.besides(listener)))
+        self.assertEqual(taken, [b"123456789012\n", b"1234\n67890", b"1"])
+        self.assertEqual((self.room._queue_bytes, self.room._queued), (0, set()))
+
+    def test_shares(self) -> None:
+        clients = self.enter(2)
+        member = mock.Mock()
+        for count, share, common in (
+            (1, 262_144, 2_097_152),
+            (32, 262_144, 2_097_152),
+            (64, 131_072, 2_097_152),
+            (1_024, 1_024, 262_144),
+            (16_384, 256, 16_384),
+        ):
+            self.room._members = [member] * count
+            self.room._share_out()
+            self.assertEqual((self.room._share, self.room._common), (share, common))
+            self.assertEqual(self.room._shares, dict.fromkeys(clients, share))
+
+    def test_what_is_paid_while_somebody_is_late(self) -> None:
+        """Out of a share; a line that is longer than that, and newcomers, out of what is common."""
+        slow, talker = self.enter(2)
+        self.assertTrue(self.room._pays(talker, 1 << 30))
+        self.make_late(slow)
+        newcomer = Connection(9)
+        self.room._share, self.room._shares[talker], self.room._common = 100, 100, 150
+        for client, size, pays in (
+            (talker, 101, True),
+            (talker, 50, True),
+            (talker, 51, False),
+            (talker, 50, True),
+            (talker, 1, False),
+            (newcomer, 50, False),
+            (newcomer, 49, True),
+            (newcomer, 1, False),
+        ):
+            self.assertEqual(self.room._pays(client, size), pays, (client.address, size))
+        self.assertEqual((self.room._shares[talker], self.room._common), (0, 0))
+
+    def test_late_is_who_is_over_one_limit_until_it_is_under_the_other(self) -> None:
+        (client,) = self.enter(1)
+        client.takes = 0
+        with self.room._turn:
+            self.room._pass_on(client, [memoryview(b"x" * mychatserver.LATE_BYTES)])
+            self.assertFalse(self.room.is_late(client))
+            self.room._pass_on(client, [memoryview(b"x")])
+        for backlog, late in ((mychatserver.ON_TIME_BYTES, True), (mychatserver.ON_TIME_BYTES - 1, False)):
+            client.takes = client.behind - backlog
+            while client.takes:
+                client.flush()
+            self.assertEqual(self.room.is_late(client), late)
+
+    def test_who_becomes_late_among_others_changes_no_share(self) -> None:
+        first, second, talker = self.enter(3)
+        self.make_late(first)
+        with self.room._queue_lock:
+            self.assertTrue(self.room._pays(talker, 1_000))
+        self.make_late(second)
+        self.assertEqual(self.room._shares[talker], self.room._share - 1_000)
+
+    def test_a_backlog_out_of_reach_is_the_end(self) -> None:
+        client, other = self.enter(2)
+        for member in (client, other):
+            member.takes = 0
+        with self.room._turn:
+            self.room._pass_on(client, [memoryview(bytes(mychatserver.MAX_BACKLOG_BYTES))])
+            self.assertFalse(client.ended)
+            self.room._pass_on(client, [memoryview(b"x")])
+            self.room._pass_on(other, [memoryview(b"x")])
+        self.assertEqual((client.ended, other.ended, self.room._late), (True, False, set()))
+
+    def test_who_has_been_let_go_says_nothing_more(self) -> None:
+        listener, talker, other = self.enter(3)
+        self.room.end(talker)
+        self.room.relay(talker, b"x\n")
+        self.room.rename(talker, "ann")
+        self.room.tell(talker, other, "psst")
+        self.assertEqual((listener.heard, other.heard, talker.label), (b"", b"", "2"))
+
+    def test_who_waits_goes_on_when_it_is_let_go(self) -> None:
+        """For its share, for being on time, and because the server stops."""
+        slow, too, talker, asker = self.enter(4)
+        self.make_late(slow)
+        self.make_late(too)
+        self.room._shares[talker] = self.room._common = 0
+        for client, waits in (
+            (talker, lambda: self.room.relay(talker, b"x\n")),
+            (slow, lambda: self.room.reply(slow, "* answer")),
+            (too, lambda: self.room.who(too)),
+        ):
+            waiting = self.background.run(waits)
+            eventually(lambda: client in self.room._waiters)  # noqa: B023 - called at once
+            (self.room.finish if client is talker else self.room.end)(client)
+            waiting.join(SECONDS)
+            self.assertFalse(waiting.is_alive())
+        self.room.close()
+        waiting = self.background.run(self.room.relay, asker, b"x\n")
+        eventually(lambda: asker in self.room._waiters)
+        self.room.finish(asker)
+        self.background.join()
+        self.assertEqual(asker.said, 0)
+
+    def test_nobody_comes_in_any_more_at_a_stop_and_what_was_put_down_is_relayed(self) -> None:
+        listener, talker = self.enter(2)
+        with self.room._queue_lock:
+            self.room._append(talker, b"2:x\n")
+        self.room.close()
+        self.assertEqual(listener.heard, b"2:x\n")
+        with self.assertRaisesRegex(mychatserver.Refused, "^server stopping$"):
+            self.room.join(Connection(3))
+        self.assertEqual(self.room._members, [listener, talker])
