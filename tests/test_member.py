@@ -107,7 +107,8 @@ class Member(TestCase):
         self.client.give([memoryview(b"x" * 50_000_000)])
         self.client.said = 10_000_000
         with mock.patch.object(self.client, "_send", return_value=0):
-            self.client.flush()  # which does not count: nothing is taken
+            self.client.flush()  # neither counts: nothing is taken
+            self.client.give([memoryview(b"more\n")])
             self.assertEqual(next(second for second in range(1, 100) if self.client.under_floor(False)), 5)
 
     def test_who_becomes_late_has_five_seconds_from_then_on(self) -> None:
@@ -237,6 +238,11 @@ class Backlog(TestCase):
         self.client.finish()
         self.assertEqual((self.client.leaving, self.client.gone, self.client.ended), (True, True, True))
 
+    def test_who_is_closed_is_sent_nothing_more(self) -> None:
+        self.client.close()
+        self.assertEqual((self.give(b"later", takes=100), self.client.heard), (0, b""))
+        self.assertEqual(self.client.sock.mock_calls, [mock.call.shutdown(socket.SHUT_RDWR), mock.call.close()])
+
 
 class Room(TestCase):
     """Who may say how much, and when."""
@@ -299,6 +305,22 @@ class Room(TestCase):
         self.assertEqual(taken, [b"123456789012\n", b"1234\n67890", b"1"])
         self.assertEqual((self.room._queue_bytes, self.room._queued), (0, set()))
 
+    def test_who_has_the_turn_goes_on_unless_somebody_waits_for_it(self) -> None:
+        listener, *talkers = self.enter(4)
+        for awaited, left in ((False, 0), (True, 2)):
+
+            def give(_: object, awaited: bool = awaited) -> int:
+                self.room._turn_is_awaited = awaited
+                return 0
+
+            with mock.patch.object(mychatserver, "ROUND_BYTES", (10, 10)), mock.patch.object(listener, "give", give):
+                with self.room._queue_lock:
+                    for talker in talkers:
+                        self.room._append(talker, b"123456789\n")
+                with self.room._turn:
+                    self.room._take_turn()
+            self.assertEqual(len(self.room._queue), left)
+
     def test_shares(self) -> None:
         clients = self.enter(2)
         member = mock.Mock()
@@ -313,6 +335,10 @@ class Room(TestCase):
             self.room._share_out()
             self.assertEqual((self.room._share, self.room._common), (share, common))
             self.assertEqual(self.room._shares, dict.fromkeys(clients, share))
+        link: Any = mock.Mock()
+        self.room.add(link)
+        self.room._share_out()
+        self.assertEqual((self.room._share, self.room._common, self.room._shares[link]), (256, 8_191, 8_191))
 
     def test_what_is_paid_while_somebody_is_late(self) -> None:
         """Out of a share; a line that is longer than that, and newcomers, out of what is common."""
@@ -322,8 +348,9 @@ class Room(TestCase):
         newcomer = Connection(9)
         self.room._share, self.room._shares[talker], self.room._common = 100, 100, 150
         for client, size, pays in (
-            (talker, 101, True),
             (talker, 50, True),
+            (talker, 100, False),
+            (talker, 101, True),
             (talker, 51, False),
             (talker, 50, True),
             (talker, 1, False),
@@ -397,6 +424,26 @@ class Room(TestCase):
         self.background.join()
         self.assertEqual(asker.said, 0)
 
+    def test_who_is_on_time_again_goes_on_though_another_is_late(self) -> None:
+        slow, too = self.enter(2)
+        self.make_late(slow)
+        self.make_late(too)
+        self.background.run(self.room.reply, slow, "* answer")
+        eventually(lambda: slow in self.room._waiters)
+        slow.takes = 1 << 30
+        while slow.flush():
+            pass
+        self.assertFalse(self.room.is_late(slow))
+        self.background.join()
+        self.assertEqual(self.room._late, {too})
+
+    def test_a_rename_is_told_before_the_answer_to_who(self) -> None:
+        asker, talker = self.enter(2)
+        with self.room._queue_lock:
+            self.room._append(talker, b"* 2 is now ann\n", to_all=True)
+        self.room.who(asker)
+        self.assertEqual(asker.heard, b"* 2 is now ann\n* 2 here: 1 (you), 2\n")
+
     def test_nobody_comes_in_any_more_at_a_stop_and_what_was_put_down_is_relayed(self) -> None:
         listener, talker = self.enter(2)
         with self.room._queue_lock:
@@ -406,3 +453,11 @@ class Room(TestCase):
         with self.assertRaisesRegex(mychatserver.Refused, "^server stopping$"):
             self.room.join(Connection(3))
         self.assertEqual(self.room._members, [listener, talker])
+
+    def test_who_was_taken_out_at_a_stop_leaves_once(self) -> None:
+        clients = self.enter(2)
+        with mock.patch.object(self.room._console, "say") as say:
+            self.room.dismiss()
+            for client in clients:
+                self.room.leave(client)
+        self.assertEqual(say.mock_calls, [mock.call("Connection closed")] * 2)

@@ -325,6 +325,7 @@ class Private(People):
     def test_refusals(self) -> None:
         for said, answer in (
             ("/msg bob Hi!", "* nobody here is called 'bob'"),
+            ("/msg bob@paris Hi!", "* nobody here is called 'bob@paris'"),
             ("/msg bob", "* usage: /msg NAME TEXT"),
             ("/msg", "* usage: /msg NAME TEXT"),
             ("/r", "* usage: /r TEXT"),
