@@ -287,6 +287,15 @@ class Room(TestCase):
         self.assertEqual((len(portion), len(rest)), (349 * 1_001, (2_000 - 349) * 999))
         self.background.join()
 
+    def test_while_somebody_is_late_a_portion_is_a_quarter_of_a_share_but_not_tiny(self) -> None:
+        slow, talker = self.enter(2)
+        self.make_late(slow)
+        for share, size in ((262_144, 65_536), (4_096, 1_024), (1_000, 256)):
+            self.room._share = self.room._shares[talker] = share
+            with self.room._queue_lock:
+                portion, _ = self.room._portion(talker, b"x" * 5 + b"\n" * 100_000) or (b"", b"")
+            self.assertTrue(size - len(b"2:\n") < len(portion) <= size, (share, len(portion)))
+
     def test_a_round_is_as_large_as_the_members_are_few(self) -> None:
         member = mock.Mock()
         for count, size in ((0, 1 << 20), (32, 1 << 20), (64, 1 << 19), (512, 1 << 16), (9_999, 1 << 16)):
@@ -443,6 +452,23 @@ class Room(TestCase):
             self.room._append(talker, b"* 2 is now ann\n", to_all=True)
         self.room.who(asker)
         self.assertEqual(asker.heard, b"* 2 is now ann\n* 2 here: 1 (you), 2\n")
+
+    def test_a_rename_and_a_private_word_wait_for_what_was_said_before(self) -> None:
+        listener, talker, other = self.enter(3)
+        for what, notice in (
+            (lambda: self.room.rename(talker, "ann"), b"* 2 is now ann\n"),
+            (lambda: self.room.tell(talker, listener, "psst"), b"* ann to you: psst\n"),
+        ):
+            listener.heard = b""
+            label = talker.label.encode()
+            with self.room._turn:
+                self.background.run(self.room.relay, other, b"x\n")
+                eventually(lambda: other in self.room._queued)
+                self.room.relay(talker, b"before\n")
+                self.background.run(what)
+                eventually(lambda: talker in self.room._waiters)
+            self.background.join()
+            self.assertEqual(listener.heard, b"3:x\n" + label + b":before\n" + notice)
 
     def test_nobody_comes_in_any_more_at_a_stop_and_what_was_put_down_is_relayed(self) -> None:
         listener, talker = self.enter(2)
