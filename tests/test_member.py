@@ -220,6 +220,7 @@ class Backlog(TestCase):
         self.assertEqual(self.client.heard, bytes(large) + b"x" * 100_000 + bytes(large) * 2)
 
     def test_end_of_file_comes_behind_the_backlog_and_nothing_more_is_taken(self) -> None:
+        self.assertEqual((self.client.leaving, self.client.gone, self.client.ended), (False, False, False))
         self.give(b"last", takes=1)
         self.client.finish()
         self.assertEqual(self.give(b"later", takes=0), 0)
