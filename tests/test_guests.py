@@ -117,6 +117,23 @@ class Addresses(Guests):
                 places.give_back(client)
         self.assertEqual(places._taken_by_host, {})
 
+    def test_who_leaves_gives_back_its_own_place_alone(self) -> None:
+        places = mychatserver.Places(None, 2)
+        client = mock.Mock(address=("10.0.0.1", 1))
+        places.take(client)
+        places.take(client)
+        places.give_back(client)
+        places.take(client)
+        with self.assertRaises(mychatserver.Refused):
+            places.take(client)
+
+    def test_hosts_are_not_counted_unless_that_is_asked_for(self) -> None:
+        places = mychatserver.Places(2, None)
+        client = mock.Mock(address=("10.0.0.1", 1))
+        places.take(client)
+        places.give_back(client)
+        self.assertEqual(places._taken_by_host, {})
+
     def test_networks(self) -> None:
         for text, inside, outside in (
             ("192.168.1.7/24", "192.168.1.200", "192.168.2.1"),
@@ -565,8 +582,12 @@ class Rates(Guests):
             said = [now - start for lines, _ in pace.hold(iter([(b"x\n" * 30, "")])) for _ in range(lines.count(b"\n"))]
             self.assertEqual(said[:20], [0.0] * 20)
             self.assertAlmostEqual(said[-1], 5)
+            now += 0.25  # in which half a line has become due
+            start = now
+            self.assertEqual({now - start for _ in pace.hold(iter([(b"x\n", "")]))}, {0.25})
             client.gone = True
-            self.assertEqual(list(pace.hold(iter([(b"x\n", "")]))), [])
+            for part in ((b"x\n", ""), (b"", "/who")):
+                self.assertEqual(list(pace.hold(iter([part]))), [])
 
     def test_who_is_gone_says_nothing_more(self) -> None:
         """A name and a place are free as soon as something said finds that their owner has closed."""

@@ -283,6 +283,21 @@ def one_leaves(stage: Stage) -> None:
         raise AssertionError("something is left of who left")
 
 
+def one_leaves_in_a_round(stage: Stage) -> None:
+    """Others may go on between the members that a round is given to, too."""
+    leaver, listener, talker = stage.client(), stage.client(), stage.client()
+    give = leaver.give
+
+    def give_and_let_go_on(pieces: list[memoryview]) -> int:
+        behind: int = give(pieces)
+        stage.threads.step()
+        return behind
+
+    leaver.give = give_and_let_go_on
+    stage.run(says(stage, talker, b"a\n", b"b\n"), lambda: stage.room.leave(leaver))
+    check(listener, {talker: (b"a\n", b"b\n")})
+
+
 def one_comes(stage: Stage) -> None:
     """A newcomer has each line once: told of before, or heard since."""
     listener, newcomer = stage.client(), stage.newcomer()
@@ -294,7 +309,7 @@ def one_comes(stage: Stage) -> None:
         raise AssertionError(f"the newcomer has {newcomer.heard!r}, not {listener.heard!r}")
 
 
-SCENES = four_talk, one_is_slow, the_late_one_leaves, one_leaves, one_comes
+SCENES = four_talk, one_is_slow, the_late_one_leaves, one_leaves, one_leaves_in_a_round, one_comes
 SMALL = {"LATE_BYTES": 16, "ON_TIME_BYTES": 8, "SHARE_MAX_BYTES": 24, "PORTION_MIN_BYTES": 1, "FLUSH_BYTES": 16}
 
 
@@ -352,6 +367,12 @@ BUGS: dict[str, tuple[tuple[str, str], ...]] = {
         (
             "                self._queued.remove(client)\n                self._wake(client)\n",
             "                self._queued.remove(client)\n",
+        ),
+    ),
+    "somebody leaves in the middle of a round": (
+        (
+            "        with self._turn:\n            with self._queue_lock:\n                if not self._is_here",
+            "        if True:\n            with self._queue_lock:\n                if not self._is_here",
         ),
     ),
     "somebody joins between taking the queue and giving it": (

@@ -77,6 +77,7 @@ class Framing(unittest.TestCase):
             told += too_long
             self.assertLessEqual(len(framer._partial), MAX_LINE_BYTES)
         self.assertEqual(told, 1)
+        framer.feed(b"x\r")
         self.assertEqual(framer.rest(), b"")
 
     def test_silence_ends_a_line_only_of_who_never_sends_newlines_and_not_of_who_types(self) -> None:
@@ -97,6 +98,12 @@ class Framing(unittest.TestCase):
                 self.assertEqual(framer.ends_by_silence, ends)
                 framer.rest()
                 self.assertFalse(framer.ends_by_silence)
+
+    def test_what_silence_has_ended_does_not_come_again(self) -> None:
+        framer = mychatserver.Framer()
+        for piece in (b"one\r", b"two\r"):
+            framer.feed(piece)
+            self.assertEqual(framer.rest(), piece + b"\n")
 
 
 class Cleaning(unittest.TestCase):
@@ -189,6 +196,9 @@ class Speaking(unittest.TestCase):
 
     def test_each_line_is_labelled(self) -> None:
         self.assertEqual(labelled("54358", b"a\n\tb\n", 100), (b"54358:a\n54358:\tb\n", b""))
+
+    def test_lines_from_another_server_have_their_labels(self) -> None:
+        self.assertEqual(labelled("", b"ann@a:x\nbob@a:y\n", 10), (b"ann@a:x\n", b"bob@a:y\n"))
 
 
 class Batches(unittest.TestCase):

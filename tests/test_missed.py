@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
+import mychatserver
 from mychatserver import HISTORY_BYTES, Batch, Client, History
 from tests.support import SERVER, Background, Peer, Program, Server, TestCase, eventually, numbered_lines
 
@@ -134,6 +136,8 @@ class HistoryTests(TestCase):
             said += lines
             history.add(Batch([(client, lines)]))
             first, second = history.told(), history.told()
+            self.assertLess(len(first), 40)
+            self.assertEqual(history._bytes, sum(len(block) for block, _ in history._blocks))
             self.assertTrue(all(a.obj is b.obj for a, b in zip(first[1:-1], second[1:-1])))
             text = b"".join(first[1:-1])
             self.assertTrue(said.endswith(text))
@@ -162,6 +166,23 @@ class HistoryTests(TestCase):
                 self.assertEqual(text.count(b"\n") - 2, told)
                 self.assertTrue(text.endswith(b"\n* live from here\n"))
                 self.assertLessEqual(history._bytes, HISTORY_BYTES)
+                self.assertEqual(history._bytes, sum(len(block) for block, _ in history._blocks))
+
+    def test_as_many_whole_lines_are_told_as_the_bytes_hold(self) -> None:
+        """Of one block, and of two, the first of which is left out as a whole: the count is right then, too."""
+        client: Client = object()  # type: ignore[assignment]
+        for blocks, told in (
+            ([b"aaaa\n" * 4], b"* the last 2 lines:\naaaa\naaaa\n"),
+            ([b"aaaaa\nbbbb\n"], b"* the last line:\nbbbb\n"),
+            ([b"aaaa\n", b"bbbb\ncc\n"], b"* the last 2 lines:\nbbbb\ncc\n"),
+        ):
+            with mock.patch.multiple(mychatserver, HISTORY_BYTES=10, HISTORY_BLOCK_BYTES=1):
+                history = History(9)
+                for block in blocks:
+                    history.add(Batch([(client, block)]))
+                    history.told()
+                for _ in range(2):
+                    self.assertEqual(b"".join(history.told()), told + b"* live from here\n")
 
 
 class LogTests(TestCase):

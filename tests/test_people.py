@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import unicodedata
 
 from mychatserver import COMMANDS, LINE_TOO_LONG, folded, name_problem
@@ -116,6 +117,9 @@ class Names(People):
     def test_folding_is_stable(self) -> None:
         for name in ("ann", "Straße", "ǅ", "İx", "ﬁn", "ᾳ", "\u0345a"):
             self.assertEqual(folded(folded(name)), folded(name))
+
+    def test_the_longest_name_works(self) -> None:
+        self.name(self.ann, "x" * 24)
 
     def test_two_race_for_one_name(self) -> None:
         for number in range(30):
@@ -251,20 +255,14 @@ class Rude(People):
         with contextlib.ExitStack() as stack:
             for number in range(10):
                 background.run(flood, number, stack.enter_context(self.server.peer()))
+            begun = time.monotonic()
             for number in range(20):
                 self.ann.say(str(number))
                 self.bob.wait_for(self.ann.label, str(number))
+            took = time.monotonic() - begun
             stop.set()
             background.join()
-
-    def test_a_backlog_of_short_answers_takes_little_more_than_its_bytes(self) -> None:
-        with self.server.peer(receive_buffer=4_096) as greedy:
-            before = self.server.memory()
-            with contextlib.suppress(OSError):
-                greedy.socket.settimeout(2)
-                while True:
-                    greedy.send(b"/r\n" * 20_000)  # until it is not read any more
-            self.assertLess(self.server.memory() - before, 12_000_000)  # it was 22
+        self.assertLess(took, 10)  # 0.1 in truth; 20 to 40 if each command kept the others from running
 
     def test_many_renames_are_relayed_together(self) -> None:
         """A typist among fifty that change their names all the time is heard, and a stop takes no time."""
@@ -327,6 +325,7 @@ class Private(People):
     def test_refusals(self) -> None:
         for said, answer in (
             ("/msg bob Hi!", "* nobody here is called 'bob'"),
+            ("/msg bob@paris Hi!", "* nobody here is called 'bob@paris'"),
             ("/msg bob", "* usage: /msg NAME TEXT"),
             ("/msg", "* usage: /msg NAME TEXT"),
             ("/r", "* usage: /r TEXT"),
