@@ -328,7 +328,7 @@ class Room(TestCase):
                     for talker in talkers:
                         self.room._append(talker, b"123456789\n")
                 with self.room._turn:
-                    self.room._take_turn()
+                    self.room._relay_queued()
             self.assertEqual(len(self.room._queue), left)
 
     def test_shares(self) -> None:
