@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from unittest import mock
@@ -251,6 +252,16 @@ class Pipes(TestCase):
             self.assertEqual((done.returncode, done.stderr), (0, b""))
             self.assertEqual(done.stdout.decode(), f"{GREETING}\n{FAREWELL}\n")
 
+    def test_a_standard_output_that_would_not_block_is_made_to(self) -> None:
+        """Or the client would try again and again while nobody reads it."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        os.set_blocking(writer, False)
+        with Server() as server, Program(sys.executable, CLIENT, LOOPBACK, str(server.port), output=writer) as program:
+            self.assertEqual(program.wait(), 0)
+            self.assertTrue(os.get_blocking(writer))
+
     def test_a_full_disk_is_told(self) -> None:
         with Server() as server, open("/dev/full", "wb") as full:
             command = (sys.executable, CLIENT, LOOPBACK, str(server.port))
@@ -389,6 +400,23 @@ class PlainTerminals(Terminals):
     row_after_ctrl_c = "^C\n"
 
 
+class WithoutReadline(TestCase):
+    def test_a_python_that_has_none_chats_all_the_same(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        pathlib.Path(folder.name, "readline.py").write_text("raise ImportError")
+        with Server() as server, server.peer() as ann:
+            with mock.patch.dict(os.environ, PYTHONPATH=folder.name):
+                terminal = in_terminal(server.port)
+            with terminal:
+                terminal.type("Hi!\n")
+                self.assertTrue(ann.line().endswith(b":Hi!"))
+                ann.say("Hello!")
+                terminal.wait_for(f"{ann.label}:Hello!\n")
+                terminal.type("exit\n")
+                self.assertEqual(terminal.wait(), 0)
+
+
 def style(own_label: str = "", colour: bool = False, clock: bool = False, bell: bool = False) -> mychatclient.Style:
     return mychatclient.Style(mychatclient.People(own_label), colour, clock, bell, learn=False)
 
@@ -408,6 +436,8 @@ class Looks(TestCase):
         self.assertTrue(rows[1].endswith(b"54383\x1b[m:* not a notice"))
         self.assertEqual(rows[2], b"\x1b[2m* 54358 is now ann\x1b[m")
         self.assertEqual(rows[4], b"no label")
+        for line in (b"word", b"no label: text"):
+            self.assertEqual(style(colour=True).rows(line + b"\n"), b"\n" + line + b"\n")
 
     def test_a_line_that_names_us_is_bold_and_rings(self) -> None:
         looks = style("54358", colour=True, bell=True)

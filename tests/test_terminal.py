@@ -166,6 +166,18 @@ class Typing(TestCase):
             client.wait_for("doing?\n")
             self.assertEqual(client.screen(), f"{GREETING}\nHi!\n\n54383:Hello! \n\n\n54396:How are you guys doing?\n")
 
+    def test_what_is_shown_is_not_shown_again(self) -> None:
+        """By one more of the signals that have the main thread draw."""
+        with Judged(10, "--no-color") as client:
+            client.say(["54383:Hello!"])
+            client.wait_for("54383:Hello!\n")
+            client.settle()  # or it is being drawn still
+            client.process.send_signal(signal.SIGURG)
+            client.settle()
+            client.type("Hi!\r")
+            client.wait_for("Hi!\n")
+            self.assertEqual(client.screen(), f"{GREETING}\n\n54383:Hello!\nHi!\n")
+
     def test_a_paste_of_five_hundred_lines_is_sent_in_order_and_shown_once(self) -> None:
         lines = [f"pasted line {number}" for number in range(500)]
         with Judged(10, "--no-color") as client:
@@ -312,6 +324,17 @@ class Typing(TestCase):
             client.type("t\t\r")
             self.assertEqual(client.heard(), "anton")
 
+    def test_however_many_labels_fit_they_are_listed_without_a_question(self) -> None:
+        with Judged(10, "--no-color") as client:
+            client.say([f"a{number}:Hi!" for number in range(300)])
+            client.wait_for("a299:Hi!\n")
+            client.type("a\t\t")
+            client.settle()
+            client.say(["bob:meanwhile"])
+            client.wait_for("bob:meanwhile\na")
+            for question in ("Display all", "--More--"):
+                self.assertNotIn(question, client.screen())
+
     def test_vi_mode_of_the_users_inputrc(self) -> None:
         with inputrc("set editing-mode vi\n"), Judged(10, "--no-color") as client:
             client.type("one two\x1b")
@@ -412,6 +435,16 @@ class Endings(TestCase):
         eventually(lambda: client.attributes() == raw)
         client.type("ne\r")
         self.assertEqual(client.heard(), "half a line")
+
+    def test_sigstop_and_sigcont_with_the_terminal_untouched(self) -> None:
+        """The line stands there already."""
+        client = self.half_typed()
+        client.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, client.process.pid, os.WSTOPPED | os.WNOWAIT)
+        client.process.send_signal(signal.SIGCONT)
+        client.settle()
+        client.type("ne")
+        self.assertEqual([row for row in client.settle()[0] if row][2:], ["half a line"])
 
     def test_ctrl_z_without_a_shell_changes_nothing(self) -> None:
         client = self.half_typed()
