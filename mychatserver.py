@@ -2328,7 +2328,7 @@ class Link(Writer):
 
     def start(self) -> None:
         """Settle our name, and join the room. Blocks LINK_ASK_SECONDS, in which another of that name has said so."""
-        threading.Thread(target=self._read, name="link reader", daemon=True).start()
+        threading.Thread(target=self._read, args=(self._nats,), name="link reader", daemon=True).start()
         time.sleep(LINK_ASK_SECONDS)
         self._name_is_settled = True
         self._tell_name()
@@ -2355,8 +2355,11 @@ class Link(Writer):
             nats = self._when_linked()
             some = front(lines, nats.most_bytes)
             lines = lines[len(some) :]
-            if len(some) > nats.most_bytes or not nats.publish(self._message(name, b"said", some)):
+            if len(some) > nats.most_bytes:
                 missed += some.count(b"\n")
+            elif not nats.publish(self._message(name, b"said", some)):
+                missed += some.count(b"\n")
+                self._give_up(nats)  # or the rest would be lost, too, before the reader notices
         if missed:
             self._tell_missed(missed)
         return 0
@@ -2376,16 +2379,22 @@ class Link(Writer):
                 return nats
             time.sleep(seconds)
 
+    def _give_up(self, nats: Nats) -> None:
+        """Use this connection no more, if it is not replaced already."""
+        with self._changed:
+            if self._nats is nats:
+                self._nats = None
+
     def _message(self, name: bytes, kind: bytes, payload: bytes = b"") -> bytes:
         subject = b"mychat.%s.%s.%s.%d.%s" % (self._options.room.encode(), name, self._id, self._connections, kind)
         return b"PUB %s %d\r\n%s\r\n" % (subject, len(payload), payload)
 
     # Runs in the reader's thread
 
-    def _read(self) -> None:
+    def _read(self, nats: Nats) -> None:
         """Hear the other servers; when the link is lost, find another. Does not end: the process does."""
         pause = 0.0
-        while nats := self._nats:
+        while True:
             since = time.monotonic()
             try:
                 while True:
@@ -2395,25 +2404,24 @@ class Link(Writer):
                 problem = linking_problem(error, self._addresses[0])
             self._errors.say(problem)
             self._arrivals.say("* link to the other servers lost")
-            with self._changed:
-                self._nats = None
+            self._give_up(nats)
             nats.close()
             if time.monotonic() - since > LINK_PAUSES[1]:
                 pause = 0.0
-            while not self._nats:
+            while True:
                 pause = next_pause(pause)
                 time.sleep(pause)
                 try:
-                    found = self._connected()
+                    nats = self._connected()
+                    break
                 except Unlinked as error:
                     if str(error) != problem:
                         problem = str(error)
                         self._errors.say(problem)
-                    continue
-                with self._changed:
-                    self._nats, self._speaks_from = found, time.monotonic() + next_pause(pause)
-                    self._changed.notify()
             self._arrivals.say("* link restored")
+            with self._changed:
+                self._nats, self._speaks_from = nats, time.monotonic() + next_pause(pause)
+                self._changed.notify()
 
     def _connected(self) -> Nats:
         """Return a connection to the first NATS that answers; raise Unlinked, with the last problem, when none does."""

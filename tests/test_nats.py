@@ -1011,6 +1011,28 @@ class Names(TestCase):
         )
 
 
+class Lost(TestCase):
+    def test_what_follows_a_message_that_was_lost_is_kept_for_the_next_connection(self) -> None:
+        """Also when the reader has not noticed yet."""
+        link = mychatserver.Link.__new__(mychatserver.Link)
+        link._name, link._id, link._connections, link._options = b"paris", b"0f0f", 1, mock.Mock(room="main")
+        link._changed, link._speaks_from, link._arrivals = threading.Condition(), 0.0, mock.Mock()
+        dead, next_one = (mock.Mock(most_bytes=12, publish=mock.Mock(return_value=taken)) for taken in (False, True))
+        link._nats = dead
+        background = Background()
+        background.run(link._write, b"ann:1\nann:2\nann:3\n")
+        eventually(lambda: link._nats is None)
+        link._give_up(dead)
+        with link._changed:
+            link._nats = next_one
+            link._changed.notify()
+        background.join()
+        link._give_up(dead)
+        self.assertIs(link._nats, next_one)
+        self.assertEqual((dead.publish.call_count, next_one.publish.call_count), (1, 2))
+        link._arrivals.say.assert_called_once_with("* 1 lines not sent to the other servers")
+
+
 class Lines(TestCase):
     def test_labels_get_the_name_of_the_server(self) -> None:
         lines = b"54358:a:b\nann:\n* 54358 is now ann\n* 54358 joined\n* ann left\nann:* x is now y\n"
