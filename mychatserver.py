@@ -142,6 +142,7 @@ X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 
 NATS_PORT = 4222
 SERVER_NAME_CHARACTERS = 32  # with a suffix and a person's name no longer than clients take for a label
 LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
+LINK_UNCONFIRMED = 8  # messages at most that NATS may not have: what is lost with it
 LINK_WORDS_BYTES = 65_536  # of what is no message: what NATS says of itself is the longest
 LINK_ASK_SECONDS = 0.5  # in which another server of our name has said so
 LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to give one; also to take the connection, and us
@@ -2137,6 +2138,7 @@ class Nats:
         self._changed = threading.Condition()
         self._pongs = 0
         self._is_over = False
+        self._unconfirmed: collections.deque[tuple[int, int]] = collections.deque()  # messages: answer's number, lines
         # Only the thread that takes uses what follows.
         self._heard_at = time.monotonic()
         self.sign_due = self._heard_at + LINK_SIGN_SECONDS
@@ -2187,6 +2189,8 @@ class Nats:
         elif verb == b"PONG\r\n":
             with self._changed:
                 self._pongs += 1
+                while self._unconfirmed and self._unconfirmed[0][0] <= self._pongs:
+                    self._unconfirmed.popleft()
                 self._changed.notify_all()
         elif verb == b"-ERR":
             raise self._complaint(rest)
@@ -2194,13 +2198,15 @@ class Nats:
             raise self._no_nats()
         return None
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """Close the connection; return how many lines were sent that NATS may not have."""
         self._shut()
         with self._using:  # or the number of the descriptor could become that of another, with a send still going on
             self._sock.close()
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
+            return sum(lines for _, lines in self._unconfirmed)
 
     def _line(self) -> bytes:
         while b"\r\n" not in self._input:
@@ -2256,15 +2262,24 @@ class Nats:
             self._pings += 1
             return self._pings
 
-    def publish(self, message: bytes) -> bool:
-        """Send a message; return whether NATS has it. Blocks until that is known; does not raise."""
+    def publish(self, message: bytes, lines: int) -> bool:
+        """Send a message of so many lines; return whether they are on their way, or else lost. Does not raise."""
         try:
             number = self.send(message)
         except OSError:  # the thread that takes will be told, too
             return False
         with self._changed:
-            self._changed.wait_for(lambda: self._pongs >= number or self._is_over)
-            return self._pongs >= number
+            if number > self._pongs:
+                if self._is_over:
+                    return False
+                self._unconfirmed.append((number, lines))
+        return True
+
+    def confirms(self, but: int) -> bool:
+        """Wait until NATS has all messages but so many; return whether that comes before the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over or len(self._unconfirmed) <= but)
+            return not self._is_over
 
     def _shut(self) -> None:
         with contextlib.suppress(OSError):  # NATS was faster
@@ -2347,6 +2362,11 @@ class Link(Writer):
 
     # Runs in the writer's thread
 
+    def _run(self) -> None:
+        super()._run()
+        if nats := self._nats:
+            nats.confirms(0)  # or what it has yet to read could be lost with the end of this process
+
     def _write(self, text: bytes) -> int:
         """Publish lines; say how many are missed, as NATS is too small for them or was lost before it had them."""
         name, missed = self._name, 0
@@ -2357,7 +2377,7 @@ class Link(Writer):
             lines = lines[len(some) :]
             if len(some) > nats.most_bytes:
                 missed += some.count(b"\n")
-            elif not nats.publish(self._message(name, b"said", some)):
+            elif not nats.publish(self._message(name, b"said", some), some.count(b"\n")):
                 missed += some.count(b"\n")
                 self._give_up(nats)  # or the rest would be lost, too, before the reader notices
         if missed:
@@ -2370,14 +2390,17 @@ class Link(Writer):
         return b""
 
     def _when_linked(self) -> Nats:
-        """Wait for a connection, and for the other servers' own: who was cut with us may be a pause behind."""
+        """Wait for a connection that takes more, and for the other servers' own: they may be a pause behind."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._nats)
                 nats, seconds = self._nats, self._speaks_from - time.monotonic()
-            if nats and seconds <= 0:
-                return nats
-            time.sleep(seconds)
+            if seconds > 0:
+                time.sleep(seconds)
+            elif nats:
+                if nats.confirms(LINK_UNCONFIRMED - 1):
+                    return nats
+                self._give_up(nats)
 
     def _give_up(self, nats: Nats) -> None:
         """Use this connection no more, if it is not replaced already."""
@@ -2405,7 +2428,8 @@ class Link(Writer):
             self._errors.say(problem)
             self._arrivals.say("* link to the other servers lost")
             self._give_up(nats)
-            nats.close()
+            if missed := nats.close():
+                self._tell_missed(missed)
             if time.monotonic() - since > LINK_PAUSES[1]:
                 pause = 0.0
             while True:

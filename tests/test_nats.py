@@ -898,8 +898,8 @@ class FalseNats(TestCase):
         nats._sock, nats._using = ours, threading.Lock()
         with ours, theirs:
             ours.settimeout(0.1)
-            self.assertFalse(nats.publish(b"x" * 10_000_000))
-            self.assertFalse(nats.publish(b"the next"))
+            self.assertFalse(nats.publish(b"x" * 10_000_000, 1))
+            self.assertFalse(nats.publish(b"the next", 1))
             theirs.settimeout(SECONDS)
             while data := theirs.recv(65_536):
                 self.assertNotIn(b"the next", data)
@@ -960,6 +960,38 @@ class HalfAnswers(Nodes):
             self.assertEqual({ann.line(), ann.line()}, {RESTORED.encode(), b"* 1 lines not sent to the other servers"})
             bob.expect(f"{ann.label}@paris:two")
 
+    def test_a_nats_that_confirms_nothing_gets_eight_messages_and_the_rest_is_kept(self) -> None:
+        words: list[bytes] = []
+        all_is_said = threading.Event()
+
+        def published() -> int:
+            return sum(bool(re.match(rb"PUB \S+\.said [1-9]", word)) for word in words)
+
+        def serve(connection: socket.socket) -> None:
+            greet(connection)
+            while published() < 8:
+                words.extend(received(connection, b"\r\n").splitlines(keepends=True))
+            all_is_said.wait(SECONDS)
+            with contextlib.suppress(BlockingIOError):
+                words.extend(connection.recv(65_536, socket.MSG_DONTWAIT).splitlines(keepends=True))
+
+        with home_made_server(serve) as port:
+            url, changes = f"nats://{LOOPBACK}:{port},{self.nats.url}", f"{QUICK}; LINK_SIGN_SECONDS = 5.0"
+            paris = self.server("paris", url=url, changes=changes)
+            ann, bob, cid = self.enter(paris), self.enter(self.server("oslo")), self.enter(paris)
+            for number in range(30):
+                ann.say(str(number))
+                cid.expect(f"{ann.label}:{number}")
+            all_is_said.set()
+            ann.expect(LOST)
+            found = re.fullmatch(rb"\* (\d+) lines not sent to the other servers", ann.line())
+            assert found
+            ann.expect(RESTORED)
+            self.assertEqual(published(), 8)
+            self.assertEqual(int(found[1]), sum(word.startswith(f"{ann.label}@paris:".encode()) for word in words))
+            for number in range(int(found[1]), 30):
+                bob.expect(f"{ann.label}@paris:{number}")
+
 
 class Shares(TestCase):
     def test_while_somebody_is_late_the_link_leaves_newcomers_their_part(self) -> None:
@@ -998,7 +1030,7 @@ class Names(TestCase):
         link._name, link._id, link._connections, link._options = b"paris", b"0f0f", 1, mock.Mock(room="main")
         messages: list[bytes] = []
 
-        def publish(message: bytes) -> bool:
+        def publish(message: bytes, _: int) -> bool:
             messages.append(message)
             link._name = b"paris-abcd"
             return True

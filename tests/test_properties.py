@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import socket
 import threading
@@ -200,6 +201,7 @@ class OtherServers(unittest.TestCase):
         ]
         nats = mychatserver.Nats.__new__(mychatserver.Nats)  # without a connection
         nats._input, nats._pongs, nats._changed = bytearray(), 0, threading.Condition()
+        nats._unconfirmed = collections.deque((number, 1) for number in range(1, 10))
         with (
             mock.patch.object(nats, "_received", side_effect=cut(b"".join(frames), cuts)),
             mock.patch.object(nats, "send") as answers,
@@ -212,6 +214,7 @@ class OtherServers(unittest.TestCase):
         self.assertEqual(
             (nats._pongs, answers.mock_calls), (said.count("PONG"), [mock.call(b"PONG\r\n")] * said.count("PING"))
         )
+        self.assertEqual(len(nats._unconfirmed), max(0, 9 - said.count("PONG")))
 
     @given(
         st.lists(
