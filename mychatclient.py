@@ -953,8 +953,8 @@ class Conversation:
                 interrupt_main_thread(self._awake, STUCK_SECONDS)
             ending = numbers & LAST_SIGNALS
             if ending:
-                for _ in range(int(STUCK_SECONDS / INTERRUPT_SECONDS)):  # steps: while stopped, none pass
-                    time.sleep(INTERRUPT_SECONDS)
+                for _ in range(int(STUCK_SECONDS / INTERRUPT_SECONDS)):
+                    time.sleep(INTERRUPT_SECONDS)  # in steps: time in which the process is stopped does not count
                 # The program has ended, and this thread too, unless it is stuck.
                 self._screen.release()
                 interrupt_main_thread(threading.Event(), STUCK_SECONDS)
@@ -1343,7 +1343,7 @@ class TlsSocket(socket.socket):
         """Have ``recv`` and ``sendall`` wait so many seconds at most; the socket itself never blocks."""
         self._seconds = value
 
-    def sendall(self, data: bytes, flags: int = 0) -> None:  # type: ignore[override]
+    def sendall(self, data: bytes, flags: int = 0) -> None:  # type: ignore[override]  # of all buffers, bytes alone
         """Encrypt and send all of it; wait until the socket takes it."""
         rest = memoryview(data)
         while rest:

@@ -1312,8 +1312,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Room, Client, str], None]]] = {
 def obey(room: Room, client: Client, line: str) -> None:
     """Do what a line with a command asks, in the handler of ``client``. Blocks like ``Room.relay``. Raises Quit."""
     name, argument = word_and_rest(line)
-    # Let others run, who would wait for SWITCH_SECONDS while commands that say nothing follow each other.
-    time.sleep(0)
+    time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS while commands that say nothing follow each other
     if name not in COMMANDS:
         problem = f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /"
         room.reply(client, problem)
@@ -1757,7 +1756,7 @@ class Guests:
                     is_wrong = True
                     break
             if is_wrong:
-                time.sleep(WRONG_SECONDS)
+                time.sleep(WRONG_SECONDS)  # so that guessing takes its time
                 tries += 1
                 if tries == PASSWORD_TRIES:
                     raise Refused("wrong password")
