@@ -133,8 +133,8 @@ class Program:
 
     def errors(self) -> str:
         """Return what the program wrote to standard error so far."""
-        self._errors.seek(0)
-        return self._errors.read().decode()
+        file = self._errors.fileno()  # not read by seek(): the program writes where the shared offset is
+        return os.pread(file, os.fstat(file).st_size, 0).decode()
 
     def wait(self) -> int:
         """Return the exit status, with all output in ``output``."""
