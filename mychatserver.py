@@ -161,7 +161,6 @@ PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])
 TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-REPLACEMENT = "\ufffd".encode()
 # A search is ten times faster when its first character is a plain one: hence the newline, not "^".
 UNUSUAL = re.compile(rb"\n(?:[\n\t /]|exit[\n\t ])")  # blank, perhaps exit, perhaps a command
 Spoken = tuple[bytes, str]  # lines to be relayed, and the command behind them, empty if there is none
@@ -2109,7 +2108,7 @@ def admitted(message: bytes, server: bytes) -> bytes:
         line[0]
         for line in re.finditer(theirs, clean(message[: message.rfind(b"\n") + 1]))
         # Cleaning may have made three bytes of each.
-        if len(line[1] or b"") - 2 * (line[1] or b"").count(REPLACEMENT) <= MAX_LINE_BYTES
+        if len(line[1] or b"") - 2 * (line[1] or b"").count("\ufffd".encode()) <= MAX_LINE_BYTES
     )
 
 

@@ -21,9 +21,11 @@ import termios
 import threading
 import time
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
+
+import mychatserver
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = str(ROOT / "mychatserver.py")
@@ -564,3 +566,32 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind((LOOPBACK, 0))
         return int(sock.getsockname()[1])
+
+
+class Quiet:
+    """A console that shows nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
+class Connection(mychatserver.Client):
+    """A client whose connection takes as many bytes as the test says."""
+
+    def __init__(self, port: int = 1, takes: int = 1 << 30) -> None:
+        self.sock = mock.Mock()
+        super().__init__(self.sock, (LOOPBACK, port), self._ask)
+        self.takes = takes
+        self.heard = b""
+        self.sent: list[int] = []  # pieces in each send
+        self.asked = 0  # times that the server thread was asked to send
+
+    def _ask(self, _: mychatserver.Client) -> None:
+        self.asked += 1
+
+    def _send(self, pieces: Sequence[memoryview]) -> int:
+        self.sent.append(len(pieces))
+        data = b"".join(pieces)[: self.takes]
+        self.takes -= len(data)
+        self.heard += data
+        return len(data)

@@ -7,41 +7,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any, cast
 from unittest import mock
 
 import mychatserver
-from tests.support import LOOPBACK, SECONDS, Background, TestCase, eventually
-
-
-class Quiet:
-    """A console that shows nothing."""
-
-    def say(self, text: str) -> None:
-        pass
-
-
-class Connection(mychatserver.Client):
-    """A client whose connection takes as many bytes as the test says."""
-
-    def __init__(self, port: int = 1) -> None:
-        self.sock = mock.Mock()
-        super().__init__(self.sock, (LOOPBACK, port), self._ask)
-        self.takes = 1 << 30
-        self.heard = b""
-        self.sent: list[int] = []  # pieces in each send
-        self.asked = 0  # times that the server thread was asked to send
-
-    def _ask(self, _: mychatserver.Client) -> None:
-        self.asked += 1
-
-    def _send(self, pieces: Sequence[memoryview]) -> int:
-        self.sent.append(len(pieces))
-        data = b"".join(pieces)[: self.takes]
-        self.takes -= len(data)
-        self.heard += data
-        return len(data)
+from tests.support import LOOPBACK, SECONDS, Background, Connection, Quiet, TestCase, eventually
 
 
 class Queue(TestCase):

@@ -8,7 +8,7 @@ import socket
 import threading
 import unicodedata
 import unittest
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Generic, Protocol, TypeVar, cast
 from unittest import mock
 
@@ -22,7 +22,7 @@ except ImportError:
 import mychatclient
 import mychatserver
 from mychatserver import Framer, abroad, admitted, clean, folded, labelled, name_problem, spoken
-from tests.support import LOOPBACK, Peer, Server
+from tests.support import LOOPBACK, Connection, Peer, Quiet, Server
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
 settings.register_profile(
@@ -244,29 +244,6 @@ class OtherServers(unittest.TestCase):
         self.assertEqual(admitted(there, b"p"), there)
 
 
-class Console:
-    """A console that shows nothing."""
-
-    def say(self, text: str) -> None:
-        pass
-
-
-class Connection(mychatserver.Client):
-    """A client whose connection takes as many bytes as the test says."""
-
-    takes = 0
-    heard = b""
-
-    def _send(self, pieces: Sequence[memoryview]) -> int:
-        data = b"".join(pieces)[: self.takes]
-        self.takes -= len(data)
-        self.heard += data
-        return len(data)
-
-    def _shut(self, how: int) -> None:
-        pass
-
-
 PEOPLE = st.integers(0, 9)
 WORDS = st.sampled_from(["ann", "Ann", "bob", "Zoë", "zoë", "1a", "you", "x" * 25, "a b", "nobody", "54358"])
 
@@ -415,15 +392,14 @@ class InMemory(Model[Connection]):
         super().__init__()
         self.small = mock.patch.multiple(mychatserver, LATE_BYTES=200, ON_TIME_BYTES=100, FLUSH_BYTES=50)
         self.small.start()
-        self.room = mychatserver.Room(cast(Any, Console()), quiet=True, announce=True, history=5)
+        self.room = mychatserver.Room(cast(Any, Quiet()), quiet=True, announce=True, history=5)
         self.room._wait_on_time = lambda client: None  # type: ignore[method-assign]  # in which nobody else would run
 
     def teardown(self) -> None:
         self.small.stop()
 
     def enter(self, port: int, takes: int) -> Connection:
-        client = Connection(cast(Any, None), ("10.0.0.1", port), lambda _: None)
-        client.takes = takes
+        client = Connection(port, takes)
         self.room.join(client)
         labels = {other.label for other in self.here}
         assert client.label == next(
