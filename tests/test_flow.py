@@ -168,6 +168,7 @@ class Flow(TestCase):
         crawler.close()
         self.assertTrue(crawl.done.wait(SECONDS))
 
+    @once
     def test_two_programs_that_write_without_reading_are_let_go_and_others_chat_on(self) -> None:
         """A third and a fourth wait for seconds at most, and lose nothing of each other's."""
         writers = [self.peer(receive_buffer=8_192) for _ in range(2)]

@@ -29,6 +29,7 @@ from tests.support import (
     TestCase,
     eventually,
     free_port,
+    once,
 )
 from tests.test_server import has_ipv6
 
@@ -244,6 +245,7 @@ class Hosts(TestCase):
         with Server("--host", "0.0.0.0", prefix=self.here.prefix), self.there.client("--lan") as client:
             self.assertEqual(self.fails(client, f"^{NOBODY}").count("\n"), 1)
 
+    @once
     def test_a_storm_of_garbage_at_the_discovery_port_does_not_touch_the_chat(self) -> None:
         """The server stays off the processor, says nothing, and is found again when the storm is over."""
         self.cable()

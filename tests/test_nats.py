@@ -36,6 +36,7 @@ from tests.support import (
     home_made_server,
     needs_command,
     numbered_lines,
+    once,
 )
 
 PLACES = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
@@ -426,6 +427,7 @@ class Strangers(Nodes):
         finally:
             peer.socket.settimeout(SECONDS)
 
+    @once
     def test_a_storm_of_messages_is_counted_where_it_is_too_much_and_local_people_chat_on(self) -> None:
         oslo = self.server("oslo", "--quiet")
         ann, bob = self.enter(oslo), self.enter(oslo)
@@ -974,6 +976,7 @@ class HalfAnswers(Nodes):
             self.assertEqual({ann.line(), ann.line()}, {RESTORED.encode(), b"* 1 lines not sent to the other servers"})
             bob.expect(f"{ann.label}@paris:two")
 
+    @once
     def test_a_nats_that_confirms_nothing_gets_eight_messages_and_the_rest_is_kept(self) -> None:
         words: list[bytes] = []
         all_is_said = threading.Event()

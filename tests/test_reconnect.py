@@ -10,7 +10,7 @@ import socket
 import sys
 import unittest
 
-from tests.support import CLIENT, LOOPBACK, Peer, Program, Server, Terminal, TestCase, eventually, free_port
+from tests.support import CLIENT, LOOPBACK, Peer, Program, Server, Terminal, TestCase, eventually, free_port, once
 
 GREETING = "Connected to chat server. Type 'exit' to leave."
 LOST = "\n* connection lost, trying again\n"
@@ -110,6 +110,7 @@ class Reconnecting(TestCase):
         self.assertNotIn(BACK, client.screen())
         self.assertNotIn(b"ann", server.output)
 
+    @once
     def test_a_server_that_closes_again_and_again_is_tried_less_and_less(self) -> None:
         """It may be something else that has the port now: two tries in three seconds, not six."""
         server = self.serve()
