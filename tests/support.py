@@ -9,6 +9,7 @@ import hashlib
 import os
 import pathlib
 import pty
+import random
 import re
 import select
 import signal
@@ -561,11 +562,17 @@ def heard_line_by_line(test: TestCase, peers: list[Peer], background: Background
 once = unittest.skipIf("MYCHAT_SHORT" in os.environ, "needs time: MYCHAT_SHORT leaves it out")
 
 
+# Below those that systems give to who connects, or one could be taken before a server comes, or comes back.
+PORTS = iter(random.sample(range(20_000, 30_000), 10_000))
+
+
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind((LOOPBACK, 0))
-        return int(sock.getsockname()[1])
+    """Return a port that nobody listens on; never the same twice."""
+    for port in PORTS:
+        with socket.socket() as sock, contextlib.suppress(OSError):  # taken
+            sock.bind((LOOPBACK, port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class Quiet:
