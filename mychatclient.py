@@ -437,6 +437,7 @@ if sys.platform != "win32":
 
         def _clear_line(self) -> None:
             self._readline.rl_clear_visible_line()
+            self._flush()
 
         def _draw_line(self) -> None:
             self._readline.rl_on_new_line()
@@ -445,6 +446,11 @@ if sys.platform != "win32":
         def _go_to_end_of_line(self) -> None:
             self._point.value = self._end.value
             self._readline.rl_redisplay()
+            self._flush()
+
+        def _flush(self) -> None:
+            """Empty C's buffer, which readline writes to: what we write passes it by, and would come first."""
+            self._readline.fflush(None)
 
     class LibeditEditor(LineEditor):
         """A terminal with libedit in the place of readline, as on macOS: right for lines that fit a row.
