@@ -6,7 +6,7 @@ standard input it is a filter: it sends what it reads, half-closes at the end, a
 server closes.
 
 The threads, and who owns what
-    main      the input loop: blocks in ``input()`` or in reading the pipe, and sends.
+    main      the input loop: blocks in ``input()`` or in reading the pipe, and sends. With readline it also draws.
     receive   reads the connection and has the screen show it. When the connection ends it interrupts the input loop.
     watch     reads the numbers of signals as they come, and sees to it that the main thread handles them.
 
@@ -78,6 +78,7 @@ COLOURS = 31, 32, 34, 35, 36  # of labels: what can be read on dark and on light
 BOLD, DIM, PLAIN_TEXT = b"\x1b[1m", b"\x1b[2m", b"\x1b[m"
 LABELS_REMEMBERED = 1_000  # for completion
 RL_STATE_CALLBACK = 0x80000  # a line is being edited: readline.h
+RL_STATE_COMPLETING = 0x4000  # what is raised in our completer would be swallowed
 RL_STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
 INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
@@ -126,6 +127,7 @@ TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # What others said, and what the server says of people: to know their labels.
 SPOKEN = re.compile("([^ :*]{1,64}):(.*)")  # no label is longer
+HERE = re.compile(r"\* \d+ here: (.*?)(?:, and .*)?")
 NOTICE = re.compile(r"\* ([^ :]{1,64}) (?:is now ([^ :]{1,64})$|(joined$|left$|to you:))")
 EXIT = re.compile(rb"(?:^|\n|\r\0)(?:[\t ]*exit|/quit)[\t ]*(?:\r?\n|\r\0)")
 
@@ -158,6 +160,9 @@ class People:
             return bool(self.own_label and re.search(rf"(?<!\w){re.escape(self.own_label)}(?!\w)", spoken[2]))
         if text.startswith(("* name '", "* not a name: ")):
             self.asked_for = ""
+        here = HERE.fullmatch(text)
+        for label in here[1].split(", ") if here else ():
+            self._saw(label.removesuffix(" (you)"))
         notice = NOTICE.match(text)
         if notice:
             label, new_label, verb = notice.groups()
@@ -235,6 +240,10 @@ class Screen:
     def draw(self) -> None:
         """Show what another thread wants shown, if only the main thread can."""
 
+    def is_busy(self) -> bool:
+        """Return whether a handler of signals may neither draw nor raise now."""
+        return False
+
     def line(self, unsent: str) -> str:
         """Return the next line entered; it may begin with ``unsent``. Blocks; raises EOFError at Ctrl-D."""
         return input()
@@ -303,6 +312,9 @@ if sys.platform != "win32":
             self._at_start, self._insert = readline.set_startup_hook, readline.insert_text
             self._end, self._point = integer(self._readline, "rl_end"), integer(self._readline, "rl_point")
             self._state = ctypes.c_ulong.in_dll(self._readline, "rl_readline_state")
+            self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
+            self._shown = threading.Event()
+            self._drawing = False  # the main thread is in the middle of writing
             readline.parse_and_bind("set enable-bracketed-paste off")
             # What completes is listed at once: for a question, readline would wait where no signal ends its wait.
             readline.parse_and_bind("set completion-query-items 0")
@@ -310,19 +322,16 @@ if sys.platform != "win32":
             readline.parse_and_bind(self.COMPLETE_BY_TAB)
             readline.set_completer(self._completion)
             readline.set_completer_delims(" \t")
-            self._as_it_was = termios.tcgetattr(0)
+            self._as_it_was = self._prepared = termios.tcgetattr(0)
+            handle((signal.SIGTSTP,), self._suspend)
+            handle((signal.SIGCONT,), self._resume)
+            handle((signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), self.die)
             # Once, now, and no more: between two lines, where readline would reset the terminal, the kernel would echo
             # what is typed or pasted, and readline show it again.
             self._readline.rl_prep_terminal(1)
             self._prepared = termios.tcgetattr(0)
             for name in ("rl_prep_term_function", "rl_deprep_term_function"):
                 ctypes.c_void_p.in_dll(self._readline, name).value = None
-            self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
-            self._shown = threading.Event()
-            self._drawing = False  # the main thread is in the middle of writing
-            handle((signal.SIGTSTP,), self._suspend)
-            handle((signal.SIGCONT,), self._resume)
-            handle((signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), self.die)
 
         # Runs in the receive thread
 
@@ -400,8 +409,9 @@ if sys.platform != "win32":
 
         def _resume(self, *_: object) -> None:
             """Make the terminal ours again, and draw the line, if somebody else has had it."""
-            if termios.tcgetattr(0) != self._prepared and self._set_terminal(self._prepared) and self._half_typed():
-                self._draw_line()
+            with contextlib.suppress(termios.error):  # it is gone
+                if termios.tcgetattr(0) != self._prepared and self._set_terminal(self._prepared) and self._half_typed():
+                    self._draw_line()
 
         # Called from any thread
 
@@ -423,13 +433,17 @@ if sys.platform != "win32":
 
         def _completion(self, begun: str, number: int) -> str | None:
             """Return the label of that number, of those seen that begin so; if there is none, Tab is a character."""
-            matches = [label for label in list(self.people.labels) if begun and label.startswith(begun)]
-            if not matches:
-                self._insert("\t")
-                self._readline.rl_redisplay()
-            return matches[number] if number < len(matches) else None
+            if number == 0:
+                self._matches = [label for label in list(self.people.labels) if begun and label.startswith(begun)]
+                if not self._matches:
+                    self._insert("\t")
+                    self._readline.rl_redisplay()
+            return self._matches[number] if number < len(self._matches) else None
 
         # What is asked of readline
+
+        def is_busy(self) -> bool:
+            return bool(self._state.value & RL_STATE_COMPLETING)
 
         def _half_typed(self) -> bool:
             state = self._state.value
@@ -524,6 +538,27 @@ def closed_on_error(sock: socket.socket) -> Iterator[None]:
         raise
 
 
+def addresses(host: str, port: int) -> list[Any]:
+    """Return what the system finds for a host, as ``getaddrinfo`` does; blocks, but not for Ctrl-C.
+
+    In a thread, because nothing ends the system's own wait for a name server. Raises OSError or UnicodeError.
+    """
+    found: list[Any] = []
+
+    def look_up() -> None:
+        try:
+            found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=look_up, name="look-up", daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return list(found[0])
+
+
 def connect(host: str, port: int) -> socket.socket:
     """Return a connection to the first of the host's addresses that takes it.
 
@@ -531,7 +566,7 @@ def connect(host: str, port: int) -> socket.socket:
     UnicodeError for what cannot be a name.
     """
     deadline = time.monotonic() + CONNECT_SECONDS
-    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    entries = addresses(host, port)
     problem = OSError(errno.EADDRNOTAVAIL, "no address")
     for tries_left, (family, kind, protocol, _, address) in zip(range(len(entries), 0, -1), entries):
         try:
@@ -690,11 +725,13 @@ def typed(screen: Screen) -> Iterator[tuple[bytes, bool]]:
 def piped() -> Iterator[tuple[bytes, bool]]:
     """Yield standard input in the blocks that it comes in, and whether ``exit`` ends them. Blocks in reading."""
     unfinished = b""
-    if sys.platform != "win32":
-        os.set_blocking(0, True)  # it may be shared, as standard output
     while True:
         try:
+            if sys.platform != "win32":
+                os.set_blocking(0, True)  # it may be shared, as standard output
             data = os.read(0, READ_BYTES)
+        except BlockingIOError:  # whoever shares it has just set it otherwise
+            continue
         except OSError:  # there is none, as under nohup
             return
         if not data:
@@ -729,6 +766,7 @@ class Conversation:
         self._name = name  # to ask the server for
         self._password = password
         self._connect_again = connect_again
+        self._is_typed = os.isatty(0)  # asked once: a terminal that has hung up is none any more
         # A signal's number can be read here as it comes. Python calls its handler later, when the main thread gets to
         # it: never, for one that comes just before a blocking read.
         self._numbers, self._signals = socket.socketpair()
@@ -779,7 +817,7 @@ class Conversation:
                 self._send_input()
                 if not self._connected:
                     raise Interrupted  # nothing more comes, and there is no use in connecting again
-                self._receiver.join(LEAVE_SECONDS if os.isatty(0) else None)
+                self._receiver.join(LEAVE_SECONDS if self._is_typed else None)
             finally:
                 self._waiting = False
                 self._done_waiting.set()
@@ -821,7 +859,7 @@ class Conversation:
 
     def _send_input(self) -> None:
         try:
-            for data, is_exit in typed(self._screen) if os.isatty(0) else piped():
+            for data, is_exit in typed(self._screen) if self._is_typed else piped():
                 self._entered += not is_exit
                 self._leaving = is_exit
                 if self._send(data) and data.startswith(b"/nick "):
@@ -858,7 +896,7 @@ class Conversation:
             signal.raise_signal(signal.SIGURG)
 
     def _on_interrupt(self, *_: object) -> None:
-        if self._interrupting:
+        if self._interrupting or self._screen.is_busy():  # the next signal comes soon
             return
         self._interrupting = True
         try:
@@ -1055,7 +1093,11 @@ def first_bytes(sock: socket.socket) -> bytes:
 
 def can_ask() -> bool:
     """Return whether a person can be asked for the password in the middle of the chat: not where input() is stuck."""
-    return os.isatty(0) and sys.platform != "win32"
+    if sys.platform == "win32" or not os.isatty(0):
+        return False
+    with contextlib.suppress(OSError), open("/dev/tty", "rb", buffering=0):
+        return True
+    return False  # the terminal is not this process's own, as under ``su -c``
 
 
 def password_typed() -> bytes:

@@ -13,7 +13,7 @@ The wire
     in a notice but for ``* LABEL to you: text``.
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
-    With a password, ``* password?`` is all that a newcomer gets until a line is it: see Guests.
+    With a password a newcomer gets ``* password?``, and nothing that is said until a line is it: see Guests.
     With ``--tls-cert`` all of this is inside of TLS.
 
 The threads, and who owns what
@@ -32,7 +32,7 @@ The relay
     A send never blocks: what a socket does not take becomes its client's backlog, which the server thread sends on.
     While somebody is late (has a large backlog), everyone else may say its share and then waits, so a flood runs at
     the pace of the slowest reader, and nothing is lost. A reader under the floor is let go. (In this order:
-    Client.give, Room._pass_on, Room._pays, Room.is_late, Client.under_floor.)
+    Room.relay, _put_down, _portion, _pays; Client.give, Room._pass_on, is_late, Client.under_floor.)
 
 To read it
     Lines, batches, members, the room, people and the server are the chat. The sections behind them, up to the command
@@ -88,7 +88,7 @@ SHARES_DELIVERED_BYTES = 1_073_741_824  # and this at most, times its readers
 
 LATE_BYTES = 1_048_576  # a client with a larger backlog is late ...
 ON_TIME_BYTES = LATE_BYTES // 2  # ... until it is under this
-# Out of reach, and the end if it is not: when the first becomes late, nobody's backlog has more than LATE_BYTES and a
+# Whose backlog is larger is let go. Nobody's can be: when the first becomes late, none has more than LATE_BYTES and a
 # round, 2 MiB; the queue has QUEUE_BYTES and small portions; shares and the common pot are 10 MiB.
 MAX_BACKLOG_BYTES = 16_777_216
 FLOOR_BYTES = 131_072  # what somebody late must take in so many seconds, else it is let go:
@@ -295,7 +295,7 @@ class Batch:
         self.spoken = b"".join(block for speaker, block in blocks if speaker) if has_notices else joined
         whole = memoryview(joined)
         self._for_listeners: Sequence[memoryview] = (whole,)
-        self._for_speakers: dict[Member, Sequence[memoryview]] = {}  # each has one block in the queue at a time
+        self._for_speakers: dict[Member, Sequence[memoryview]] = {}  # each has one block: Room._queued
         start = 0
         for speaker, block in blocks:
             end = start + len(block)
@@ -349,7 +349,12 @@ class History:
             if self._blocks and len(self._blocks[-1][0]) < HISTORY_BLOCK_BYTES:
                 new.appendleft(self._blocks.pop()[0])
             joined = b"".join(new)
-            self._blocks.append((memoryview(joined), joined.count(b"\n")))
+            if b"\n* " in b"\n" + joined:  # notices of people on other servers: nobody said them
+                said = re.sub(rb"(?m)^\* .*\n", b"", joined)
+                self._bytes -= len(joined) - len(said)
+                joined = said
+            if joined:
+                self._blocks.append((memoryview(joined), joined.count(b"\n")))
 
     def _cut(self) -> int:
         """Take away the first lines of those that are too many, or too many bytes; return how many are left."""
@@ -1530,8 +1535,9 @@ class Server:
     def _handle(self, client: Client) -> None:
         """Serve one client from its arrival to its close.
 
-        Ends because it waits in three places only: in ``recv`` and for its turn, out of which ``Room.end`` wakes it,
-        and in ``drain``, which has a deadline. (And a second at most at a time for a wrong password, or for its pace.)
+        Ends because it waits in three places only: in ``recv`` and to have its say (``Room._wait``), out of which
+        ``Room.end`` wakes it, and in ``drain``, which has a deadline, as has what comes before it joins. (And a second
+        at most at a time for its pace, and for the server thread to forget its socket.)
         """
         try:
             blocks = self._guests.let_in(client)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import pty
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import unittest
 from collections.abc import Iterator
 from unittest import mock
 
@@ -19,6 +23,7 @@ from tests.support import (
     CLIENT,
     LOOPBACK,
     SECONDS,
+    TAKE_TERMINAL,
     Background,
     Program,
     Server,
@@ -42,6 +47,16 @@ main, enter = threading.get_ident(), threading.Condition.__enter__
 threading.Condition.__enter__ = lambda lock: (enter(lock), time.sleep(0.3 if threading.get_ident() == main else 0))[0]
 sys.path.insert(0, {str(pathlib.Path(CLIENT).parent)!r})
 import mychatclient
+sys.exit(mychatclient.main())
+"""
+
+# A client that takes its time to complete, and tells when it begins.
+SLOW_TO_COMPLETE = f"""
+import os, sys, time
+sys.path.insert(0, {str(pathlib.Path(CLIENT).parent)!r})
+import mychatclient
+complete = mychatclient.LineEditor._completion
+mychatclient.LineEditor._completion = lambda *given: (os.write(1, b"..."), time.sleep(0.3), complete(*given))[2]
 sys.exit(mychatclient.main())
 """
 
@@ -109,6 +124,19 @@ class Pipes(TestCase):
             program.end_input()
             program.expect(GREETING, "", "1234:too late?", "", "1234:no", FAREWELL)
             self.assertEqual(program.wait(), 0)
+
+    def test_a_shared_input_that_somebody_makes_non_blocking_is_read_to_its_end(self) -> None:
+        reading, writing = os.pipe()
+        with Server() as server, server.peer() as ann:
+            command = (sys.executable, CLIENT, LOOPBACK, str(server.port))
+            with subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL) as program:
+                for number in range(3):
+                    os.write(writing, f"{number}\n".encode())
+                    self.assertTrue(ann.line().endswith(f":{number}".encode()))
+                    os.set_blocking(reading, False)
+                os.close(writing)
+                self.assertEqual(program.wait(SECONDS), 0)
+        os.close(reading)
 
     def test_exit_in_the_input_leaves_and_what_follows_is_not_sent(self) -> None:
         with Server() as server, server.peer() as ann, client(server.port) as program:
@@ -477,12 +505,12 @@ class Looks(TestCase):
             "* 54396 is now carol",
             "* 54383 left",
             "* bob to you: x",
-            "* 3 here: 1, 2, 3",
+            "* 7 here: 1, 2 (you), and 5 more, and people on paris, oslo",
             "no label: x",
             "* line too long: x",
         ):
             people.heard(line.encode())
-        self.assertEqual(list(people.labels), ["carol", "bob"])
+        self.assertEqual(list(people.labels), ["carol", "bob", "1", "2"])
         for number in range(2_000):
             people.heard(f"a{number}:x".encode())
         people.heard(b"a" * 65 + b":x")
@@ -559,6 +587,51 @@ class TurnedAway(TestCase):
 
 
 class Quitting(TestCase):
+    def test_the_servers_end_while_tab_completes(self) -> None:
+        """It is not lost in the completer, out of which readline lets no exception."""
+        ending = threading.Event()
+
+        def serve(connection: socket.socket) -> None:
+            connection.sendall(b"annika:Hi!\n")
+            self.assertTrue(ending.wait(SECONDS))
+
+        with (
+            home_made_server(serve) as port,
+            Terminal(sys.executable, "-c", SLOW_TO_COMPLETE, "--no-color", LOOPBACK, str(port)) as terminal,
+        ):
+            terminal.wait_for("annika:Hi!\n")
+            terminal.type("ann\t")
+            terminal.wait_for("...", within=True)
+            ending.set()
+            self.assertEqual(terminal.wait(), 1)
+            self.assertIn("Connection lost: the server closed", terminal.screen())
+
+    def test_a_terminal_that_hangs_up_and_no_signal_that_tells(self) -> None:
+        """As under ``trap '' HUP``: ended like Ctrl-D, and no traceback."""
+        for options in ((), ("--plain",)):
+            with self.subTest(options=options), Server() as server, tempfile.TemporaryFile() as errors:
+                master, slave = pty.openpty()
+                command = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-c", TAKE_TERMINAL)
+                program = subprocess.Popen(
+                    [*command, sys.executable, CLIENT, *options, LOOPBACK, str(server.port)],
+                    stdin=slave,
+                    stdout=slave,
+                    stderr=errors,
+                    start_new_session=True,
+                    env={**os.environ, "TERM": "xterm"},
+                )
+                os.close(slave)
+                with program:
+                    while GREETING.encode() not in os.read(master, 65_536):
+                        pass
+                    os.write(master, b"half")
+                    while b"half" not in os.read(master, 65_536):
+                        pass
+                    os.close(master)
+                    program.wait(SECONDS)
+                errors.seek(0)
+                self.assertNotIn(b"Traceback", errors.read())
+
     def test_what_is_pasted_behind_exit_is_not_left_for_the_shell(self) -> None:
         with Server() as server, in_terminal(server.port) as terminal:
             terminal.type("exit\rrm -rf x\r")
@@ -595,6 +668,23 @@ class Connecting(TestCase):
         for host in ("no.such.host.invalid", "a..b", "a" * 70):
             with self.subTest(host=host):
                 self.fails(host, sentence=f"Unknown host {host!r}: check the spelling")
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "needs root: for a name server of its own")
+    def test_ctrl_c_while_the_name_server_does_not_answer(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server, tempfile.NamedTemporaryFile() as settings:
+            try:
+                name_server.bind(("127.0.53.1", 53))
+            except OSError as error:
+                self.skipTest(f"needs root: with a port 53, {error}")
+            name_server.settimeout(SECONDS)
+            settings.write(b"nameserver 127.0.53.1\noptions timeout:30 attempts:5\n")
+            settings.flush()
+            script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
+            command = ("unshare", "-m", "sh", "-c", script, settings.name, sys.executable, CLIENT, "chat.example.org")
+            with Program(*command) as program:
+                name_server.recvfrom(1_000)
+                program.process.send_signal(signal.SIGINT)
+                self.assertEqual(program.process.wait(20), 130)
 
     def test_where_a_server_listens_is_no_address_to_join(self) -> None:
         for host in ("0.0.0.0", "::", "[::]", "::0"):

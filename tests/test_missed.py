@@ -18,7 +18,7 @@ from unittest import mock
 
 import mychatserver
 from mychatserver import HISTORY_BYTES, Batch, Client, History
-from tests.support import SERVER, Background, Peer, Program, Server, TestCase, eventually, numbered_lines
+from tests.support import SERVER, Background, Connection, Peer, Program, Server, TestCase, eventually, numbered_lines
 
 LIVE = "* live from here"
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ")
@@ -43,6 +43,18 @@ class HistoryTests(TestCase):
                         dave.expect("* the last 3 lines:", f"{bob.label}:Hi!", "ann:1", "ann:2", LIVE)
                         ann.say("3")
                         dave.expect("ann:3")
+
+    def test_notices_of_people_on_other_servers_are_no_lines(self) -> None:
+        history, link = mychatserver.History(3), Connection()
+        for lines in (
+            b"ann@oslo:1\n* bob@oslo joined\n",
+            b"* bob@oslo left\n",
+            b"* ann@oslo is now al@oslo\nal@oslo:2\n",
+        ):
+            history.add(mychatserver.Batch([(link, lines)]))
+            told = b"".join(history.told())
+        self.assertEqual(told, b"* the last 2 lines:\nann@oslo:1\nal@oslo:2\n* live from here\n")
+        self.assertEqual(history._bytes, len(b"ann@oslo:1\nal@oslo:2\n"))
 
     def test_there_is_none_unless_asked_for_nor_before_anything_was_said(self) -> None:
         for options in ((), ("--history", "9")):

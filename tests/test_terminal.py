@@ -306,6 +306,7 @@ class Typing(TestCase):
 
     def test_tab_completes_labels_that_were_seen(self) -> None:
         with Judged(10, "--no-color") as client:
+            client.say(["* 7 here: Uwe, 54358 (you), and 5 more, and people on paris, oslo"])
             client.say(["annika:Hi!", "bob:Hi!", "* 54358 is now Zoë", "anton:Hi!"])
             client.wait_for("anton:Hi!\n")
             for typed, expected in (
@@ -313,6 +314,8 @@ class Typing(TestCase):
                 ("Zo\t: Hi!\r", "Zoë: Hi!"),
                 ("ann\tx\r", "annikax"),
                 ("c\t!\r", "c\t!"),
+                ("/msg U\t Hi!\r", "/msg Uwe Hi!"),
+                ("os\t!\r", "os\t!"),
             ):
                 client.type(typed)
                 self.assertEqual(client.heard(), expected)
