@@ -335,15 +335,15 @@ def as_text(output: bytes) -> str:
 
 
 class Terminal:
-    """A program in a pseudo-terminal of its own."""
+    """A program in a pseudo-terminal of its own, or not its own, as under ``su -c``."""
 
-    def __init__(self, *command: str, rows: int = 24, columns: int = 80) -> None:
+    def __init__(self, *command: str, rows: int = 24, columns: int = 80, own: bool = True) -> None:
         self._master, slave = pty.openpty()
         self.before = termios.tcgetattr(slave)
         self._slave = slave
         self.resize(rows, columns)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", TAKE_TERMINAL, *command],
+            [*((sys.executable, "-c", TAKE_TERMINAL) if own else ()), *command],
             stdin=slave,
             stdout=slave,
             stderr=slave,

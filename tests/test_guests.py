@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import pty
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -333,30 +331,21 @@ class Clients(Guests):
         program: Program = self.stack.enter_context(Program(*command, keep_input=True))
         return program
 
+    def terminal(self, server: Server, *options: str) -> Terminal:
+        command = (sys.executable, CLIENT, "--no-color", *options, LOOPBACK, str(server.port))
+        terminal: Terminal = self.stack.enter_context(Terminal(*command))
+        return terminal
+
     def test_asked_where_the_terminal_is_not_its_own(self) -> None:
         """As under ``su -c``: nobody can be asked there, and nothing that is typed is taken for the password."""
         server = self.serve("--password-file", str(self.file))
         for options in ((), ("--reconnect",)):
             with self.subTest(options=options):
-                master, slave = pty.openpty()
-                with subprocess.Popen(
-                    [sys.executable, CLIENT, *options, LOOPBACK, str(server.port)],
-                    stdin=slave,
-                    stdout=slave,
-                    stderr=subprocess.PIPE,
-                    start_new_session=True,
-                ) as program:
-                    os.write(master, b"hello all\n")
-                    errors = program.communicate(timeout=SECONDS)[1].decode()
-                    self.assertEqual(program.returncode, 1)
-                self.assertIn("the server asks for a password: give --password-file FILE", errors)
-                os.close(master)
-                os.close(slave)
-
-    def terminal(self, server: Server, *options: str) -> Terminal:
-        command = (sys.executable, CLIENT, "--no-color", *options, LOOPBACK, str(server.port))
-        terminal: Terminal = self.stack.enter_context(Terminal(*command))
-        return terminal
+                command = (sys.executable, CLIENT, *options, LOOPBACK, str(server.port))
+                with Terminal(*command, own=False) as terminal:
+                    terminal.type("hello all\r")
+                    self.assertEqual(terminal.wait(), 1)
+                    self.assertIn("the server asks for a password: give --password-file FILE", terminal.screen())
 
     def test_in_a_pipe_with_the_password(self) -> None:
         server = self.serve("--password-file", str(self.file))
