@@ -607,28 +607,36 @@ class Quitting(TestCase):
             self.assertIn("Connection lost: the server closed", terminal.screen())
 
     def test_a_terminal_that_hangs_up_and_no_signal_that_tells(self) -> None:
-        """As under ``trap '' HUP``: ended like Ctrl-D, and no traceback."""
+        """As under ``trap '' HUP``: ended like Ctrl-D, though the server stays, and no traceback."""
+        ended = threading.Event()
+
+        def serve(connection: socket.socket) -> None:
+            self.assertTrue(ended.wait(SECONDS))
+
         for options in ((), ("--plain",)):
-            with self.subTest(options=options), Server() as server, tempfile.TemporaryFile() as errors:
+            ended.clear()
+            with self.subTest(options=options), home_made_server(serve) as port, tempfile.TemporaryFile() as errors:
                 master, slave = pty.openpty()
                 command = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-c", TAKE_TERMINAL)
                 program = subprocess.Popen(
-                    [*command, sys.executable, CLIENT, *options, LOOPBACK, str(server.port)],
+                    [*command, sys.executable, CLIENT, *options, LOOPBACK, str(port)],
                     stdin=slave,
                     stdout=slave,
                     stderr=errors,
                     start_new_session=True,
                     env={**os.environ, "TERM": "xterm"},
                 )
+                self.addCleanup(program.kill)
                 os.close(slave)
-                with program:
-                    while GREETING.encode() not in os.read(master, 65_536):
-                        pass
-                    os.write(master, b"half")
-                    while b"half" not in os.read(master, 65_536):
-                        pass
-                    os.close(master)
-                    program.wait(SECONDS)
+                shown = b""
+                while GREETING.encode() not in shown:
+                    shown += os.read(master, 65_536)
+                os.write(master, b"half")
+                while not shown.endswith(b"half"):
+                    shown += os.read(master, 65_536)
+                os.close(master)
+                program.wait(SECONDS / 2)
+                ended.set()
                 errors.seek(0)
                 self.assertNotIn(b"Traceback", errors.read())
 
