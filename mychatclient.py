@@ -312,6 +312,7 @@ if sys.platform != "win32":
             self._at_start, self._insert = readline.set_startup_hook, readline.insert_text
             self._end, self._point = integer(self._readline, "rl_end"), integer(self._readline, "rl_point")
             self._state = ctypes.c_ulong.in_dll(self._readline, "rl_readline_state")
+            self._stream = ctypes.c_void_p.in_dll(self._readline, "rl_outstream")
             self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
             self._shown = threading.Event()
             self._drawing = False  # the main thread is in the middle of writing
@@ -322,9 +323,7 @@ if sys.platform != "win32":
             readline.parse_and_bind(self.COMPLETE_BY_TAB)
             readline.set_completer(self._completion)
             readline.set_completer_delims(" \t")
-            self._as_it_was = self._prepared = termios.tcgetattr(0)
-            handle((signal.SIGTSTP,), self._suspend)
-            handle((signal.SIGCONT,), self._resume)
+            self._as_it_was = termios.tcgetattr(0)
             handle((signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), self.die)
             # Once, now, and no more: between two lines, where readline would reset the terminal, the kernel would echo
             # what is typed or pasted, and readline show it again.
@@ -332,6 +331,8 @@ if sys.platform != "win32":
             self._prepared = termios.tcgetattr(0)
             for name in ("rl_prep_term_function", "rl_deprep_term_function"):
                 ctypes.c_void_p.in_dll(self._readline, name).value = None
+            handle((signal.SIGTSTP,), self._suspend)
+            handle((signal.SIGCONT,), self._resume)
 
         # Runs in the receive thread
 
@@ -464,7 +465,7 @@ if sys.platform != "win32":
 
         def _flush(self) -> None:
             """Empty C's buffer, which readline writes to: what we write passes it by, and would come first."""
-            self._readline.fflush(None)
+            self._readline.fflush(self._stream)
 
     class LibeditEditor(LineEditor):
         """A terminal with libedit in the place of readline, as on macOS: right for lines that fit a row.
@@ -475,7 +476,7 @@ if sys.platform != "win32":
         """
 
         COMPLETE_BY_TAB = "bind ^I rl_complete"
-        _editing = False
+        _editing = _completing = False
 
         def line(self, unsent: str) -> str:
             self._editing = True
@@ -486,6 +487,16 @@ if sys.platform != "win32":
                 raise
             finally:
                 self._editing = False
+
+        def _completion(self, begun: str, number: int) -> str | None:
+            self._completing = True
+            try:
+                return super()._completion(begun, number)
+            finally:
+                self._completing = False
+
+        def is_busy(self) -> bool:
+            return self._completing
 
         def _half_typed(self) -> bool:
             return self._editing
@@ -553,7 +564,8 @@ def addresses(host: str, port: int) -> list[Any]:
 
     thread = threading.Thread(target=look_up, name="look-up", daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(INTERRUPT_SECONDS)  # in steps: on Windows nothing interrupts a join
     if isinstance(found[0], Exception):
         raise found[0]
     return list(found[0])

@@ -290,10 +290,9 @@ class Batch:
 
     def __init__(self, blocks: Sequence[tuple[Speaker | None, bytes]]) -> None:
         """Join blocks; one that nobody speaks is a notice to all."""
-        joined = b"".join(block for _, block in blocks)
-        has_notices = any(speaker is None for speaker, _ in blocks)
-        self.spoken = b"".join(block for speaker, block in blocks if speaker) if has_notices else joined
-        whole = memoryview(joined)
+        self._blocks = blocks
+        self._joined = b"".join(block for _, block in blocks)
+        whole = memoryview(self._joined)
         self._for_listeners: Sequence[memoryview] = (whole,)
         self._for_speakers: dict[Member, Sequence[memoryview]] = {}  # each has one block: Room._queued
         start = 0
@@ -313,6 +312,16 @@ class Batch:
         """Return the pieces for ``member``: views, so that a thousand backlogs hold the bytes once."""
         return self._for_speakers.get(member, self._for_listeners)
 
+    def spoken(self) -> bytes:
+        """Return the lines that people said: no notices, neither ours nor, from a speaker without a label, others'."""
+        if all(speaker and speaker.label for speaker, _ in self._blocks):
+            return self._joined
+        return b"".join(
+            block if speaker.label else re.sub(rb"(?m)^\* .*\n", b"", block)
+            for speaker, block in self._blocks
+            if speaker
+        )
+
 
 class History:
     """The last lines that were said, for newcomers, who share the bytes. Keeping it costs no work a line."""
@@ -325,9 +334,10 @@ class History:
 
     def add(self, batch: Batch) -> None:
         """Keep a batch, and no more before it than may be told."""
-        if self._lines and batch.spoken:
-            self._blocks.append((memoryview(batch.spoken), None))
-            self._bytes += len(batch.spoken)
+        spoken = batch.spoken() if self._lines else b""
+        if spoken:
+            self._blocks.append((memoryview(spoken), None))
+            self._bytes += len(spoken)
             while self._bytes - len(self._blocks[0][0]) >= HISTORY_BYTES:
                 self._bytes -= len(self._blocks.popleft()[0])
 
@@ -349,12 +359,7 @@ class History:
             if self._blocks and len(self._blocks[-1][0]) < HISTORY_BLOCK_BYTES:
                 new.appendleft(self._blocks.pop()[0])
             joined = b"".join(new)
-            if b"\n* " in b"\n" + joined:  # notices of people on other servers: nobody said them
-                said = re.sub(rb"(?m)^\* .*\n", b"", joined)
-                self._bytes -= len(joined) - len(said)
-                joined = said
-            if joined:
-                self._blocks.append((memoryview(joined), joined.count(b"\n")))
+            self._blocks.append((memoryview(joined), joined.count(b"\n")))
 
     def _cut(self) -> int:
         """Take away the first lines of those that are too many, or too many bytes; return how many are left."""

@@ -567,7 +567,7 @@ PORTS = iter(random.sample(range(20_000, 30_000), 10_000))
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on; never the same twice."""
+    """Return a port that nobody listens on; in one process never the same twice."""
     for port in PORTS:
         with socket.socket() as sock, contextlib.suppress(OSError):  # taken
             sock.bind((LOOPBACK, port))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Peer, Server, TestCase, eventually, once
 
-FAULT_SECONDS = float(os.environ.get("MYCHAT_FAULT_SECONDS", "12"))
+FAULT_SECONDS = float(os.environ.get("MYCHAT_FAULT_SECONDS", "20"))
 ROUND_SECONDS = 3.0
 RUDE = 190  # guests at a time, and the well-behaved:
 TALKERS = 9

@@ -519,6 +519,27 @@ class Endings(TestCase):
                     shell.type("ne\r")
                     self.assertEqual(server.recv(100), b"half a line\n")
 
+    def test_started_in_the_background_and_brought_back(self) -> None:
+        """It stops before it may touch the terminal, and has it as ever afterwards: what is typed is shown once."""
+        with (
+            socket.create_server((LOOPBACK, 0)) as listener,
+            inputrc("set enable-bracketed-paste off\n"),
+            Terminal("/bin/bash", "--norc", "--noprofile", "-i") as shell,
+        ):
+            listener.settimeout(SECONDS)
+            shell.type("PS1='$ '\r")
+            shell.wait_for("$ ")
+            shell.type(f"{sys.executable} {CLIENT} --no-color {LOOPBACK} {listener.getsockname()[1]} &\r")
+            server, _ = listener.accept()
+            with server:
+                shell.wait_for("$ ")
+                shell.type("while ! jobs | grep Stopped; do sleep 0.1; done; fg\r")
+                shell.wait_for(GREETING + "\n")
+                shell.type("hello\r")
+                self.assertEqual(server.recv(100), b"hello\n")
+                server.sendall(b"54358:Hi!\n")
+                shell.wait_for("\nhello\n\n54358:Hi!\n")
+
 
 LIBEDIT = glob.glob("/usr/lib/*/libedit.so.2")
 
