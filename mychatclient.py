@@ -323,6 +323,9 @@ if sys.platform != "win32":
             readline.parse_and_bind(self.COMPLETE_BY_TAB)
             readline.set_completer(self._completion)
             readline.set_completer_delims(" \t")
+            with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
+                if os.tcgetpgrp(0) != os.getpgrp():  # in the background: the terminal is as the shell's editor has it
+                    os.killpg(0, signal.SIGTTIN)  # which stops us, until the shell brings us back
             self._as_it_was = termios.tcgetattr(0)
             handle((signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), self.die)
             # Once, now, and no more: between two lines, where readline would reset the terminal, the kernel would echo

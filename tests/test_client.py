@@ -687,13 +687,14 @@ class Connecting(TestCase):
     def test_ctrl_c_while_the_name_server_does_not_answer(self) -> None:
         if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
             self.skipTest("needs root: with the right to unshare")
+        host = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"  # other suites may run beside this one
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server, tempfile.NamedTemporaryFile() as settings:
             try:
-                name_server.bind(("127.0.53.1", 53))
+                name_server.bind((host, 53))
             except OSError as error:
                 self.skipTest(f"needs root: with a port 53, {error}")
             name_server.settimeout(SECONDS)
-            settings.write(b"nameserver 127.0.53.1\noptions timeout:30 attempts:5\n")
+            settings.write(f"nameserver {host}\noptions timeout:30 attempts:5\n".encode())
             settings.flush()
             script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
             command = ("unshare", "-m", "sh", "-c", script, settings.name, sys.executable, CLIENT, "chat.example.org")

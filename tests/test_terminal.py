@@ -538,7 +538,7 @@ class Endings(TestCase):
                 shell.type("hello\r")
                 self.assertEqual(server.recv(100), b"hello\n")
                 server.sendall(b"54358:Hi!\n")
-                shell.wait_for("\nhello\n\n54358:Hi!\n")
+                shell.wait_for(f"{GREETING}\nhello\n\n54358:Hi!\n")
 
 
 LIBEDIT = glob.glob("/usr/lib/*/libedit.so.2")
