@@ -2434,10 +2434,11 @@ class Link(Writer):
                         self._hear(nats, *message)
             except (Unlinked, OSError) as error:
                 problem = linking_problem(error, self._addresses[0])
-            self._errors.say(problem)
-            self._arrivals.say("* link to the other servers lost")
             self._give_up(nats)
-            if missed := nats.close():
+            missed = nats.close()
+            self._errors.say(problem)
+            self._arrivals.say("* link to the other servers lost")  # now: what is said behind it is kept
+            if missed:
                 self._tell_missed(missed)
             if time.monotonic() - since > LINK_PAUSES[1]:
                 pause = 0.0
