@@ -22,7 +22,7 @@ import termios
 import threading
 import time
 import unittest
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -40,6 +40,19 @@ TAKE_TERMINAL = (
 )
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
+# Runs the program that its first argument names, with the constants of the second one changed.
+WITH_CONSTANTS = """
+import ast, importlib, os.path, sys
+_, path, constants, *arguments = sys.argv
+sys.path.insert(0, os.path.dirname(path))
+module = importlib.import_module(os.path.basename(path)[: -len(".py")])
+for name, value in ast.literal_eval(constants).items():
+    vars(module)[name]  # a KeyError tells of a constant that is no more
+    setattr(module, name, value)
+sys.argv = [path, *arguments]
+sys.exit(module.main())
+"""
+
 
 class Overdue(AssertionError):
     """Something did not happen in time."""
@@ -55,6 +68,13 @@ def eventually(what: Callable[[], Any], message: str = "", seconds: float = SECO
         if time.monotonic() > deadline:
             raise Overdue(message or f"not true within {seconds} s")
         time.sleep(0.01)  # between looks at another process, which cannot notify this one
+
+
+def command_of(program: str, constants: Mapping[str, object] | None = None) -> tuple[str, ...]:
+    """Return the command that runs ``SERVER`` or ``CLIENT``, with some of the module's constants changed."""
+    if constants is None:
+        return sys.executable, program
+    return sys.executable, "-c", WITH_CONSTANTS, program, repr(dict(constants))
 
 
 class TestCase(unittest.TestCase):
@@ -168,8 +188,10 @@ class Program:
 class Server(Program):
     """A server process on a free port; ready when this returns. Its connections are not lines to expect."""
 
-    def __init__(self, *options: str, prefix: tuple[str, ...] = ()) -> None:
-        super().__init__(sys.executable, SERVER, "--port", "0", *options, prefix=prefix)
+    def __init__(
+        self, *options: str, prefix: tuple[str, ...] = (), constants: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(*command_of(SERVER, constants), "--port", "0", *options, prefix=prefix)
         try:
             self.first_line = self.line()
             self.port = int(self.first_line.rpartition(":")[2])
@@ -366,17 +388,18 @@ class Terminal:
 
     def drawn(self) -> str:
         """Return the end of what is shown by now."""
-        self._read(0.02)
+        self.read(0.02)
         return as_text(self.output[-2_000:])
 
     def wait_for(self, text: str, seconds: float = SECONDS, within: bool = False) -> None:
         """Wait until the screen ends with ``text``, or has it somewhere."""
         deadline = time.monotonic() + seconds
         while not (text in self.screen() if within else as_text(self.output[-8 * len(text) - 100 :]).endswith(text)):
-            if not self._read(deadline - time.monotonic()):
+            if not self.read(deadline - time.monotonic()):
                 raise Overdue(f"{text!r} does not end {self.screen()!r}")
 
-    def _read(self, seconds: float, size: int = 65_536) -> bool:
+    def read(self, seconds: float, size: int = 65_536) -> bool:
+        """Keep what is shown next, so many bytes at most; return whether anything came in time."""
         if seconds <= 0 or not select.select([self._master], [], [], seconds)[0]:
             return False
         self.output += os.read(self._master, size)
@@ -385,7 +408,7 @@ class Terminal:
     def wait(self) -> int:
         """Return the exit status, with all that was shown in ``screen()``."""
         status = self.process.wait(SECONDS)
-        while self._read(0.001):
+        while self.read(0.001):
             pass
         return status
 
@@ -531,7 +554,7 @@ def needs_command(name: str, package: str) -> Callable[[Any], Any]:
     found = any(
         os.access(os.path.join(folder, name), os.X_OK) for folder in os.environ.get("PATH", "").split(os.pathsep)
     )
-    return unittest.skipUnless(found, f"needs {name}: install {package}")
+    return unittest.skipUnless(found, f"needs {name}: apt-get install {package}")
 
 
 def heard_line_by_line(test: TestCase, peers: list[Peer], background: Background, count: int) -> list[list[bytes]]:
@@ -559,7 +582,8 @@ def heard_line_by_line(test: TestCase, peers: list[Peer], background: Background
 
 
 # For what takes long and is the same on every Python: .ci/run has it run on one of them.
-once = unittest.skipIf("MYCHAT_SHORT" in os.environ, "needs time: MYCHAT_SHORT leaves it out")
+LONG = "MYCHAT_LONG" in os.environ
+once = unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest")
 
 
 # Below those that systems give to who connects, or one could be taken before a server comes, or comes back.

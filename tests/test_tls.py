@@ -13,11 +13,11 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import mychatclient
 import mychatserver
@@ -106,11 +106,78 @@ def context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     return result
 
 
-class Secured(mychatclient.TlsSocket):
-    """The client's own socket, which two threads may use at a time, with a deadline."""
+class Secured(socket.socket):
+    """A connection behind TLS. One thread may read while another sends, which an SSLSocket must not be used for."""
 
-    def _wait_for(self, event: int, deadline: float | None = None) -> None:
-        super()._wait_for(event, deadline or time.monotonic() + SECONDS)
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        # Guards the TLS object and its two buffers. Nothing waits while it is held.
+        self._lock = threading.Lock()
+        self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._output, server_hostname="localhost")
+        self._sending = threading.Lock()  # what is encrypted goes out in this order
+        # Only who reads uses these.
+        self._text = b""  # decrypted, not yet read
+        self._ended = False  # by TLS's own end
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+        self.settimeout(SECONDS)
+
+    def shake_hands(self) -> None:
+        shaken = False
+        while not shaken:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self._tls.do_handshake()
+                shaken = True
+            super().sendall(self._output.read())
+            if not shaken:
+                self._received.write(self._ciphertext())
+        self._decrypt(b"")  # what came with the handshake's end
+
+    def _ciphertext(self) -> bytes:
+        data = super().recv(1 << 20)
+        if not data:
+            raise ConnectionResetError("cut off, without TLS's own end")
+        return data
+
+    def _decrypt(self, ciphertext: bytes) -> None:
+        parts = [self._text]
+        with self._lock:
+            self._received.write(ciphertext)
+            try:
+                while part := self._tls.read(1 << 20):
+                    parts.append(part)
+                self._ended = True
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLZeroReturnError:
+                self._ended = True
+            except ssl.SSLError:
+                if not any(parts):  # else it is told at the next read
+                    raise
+        self._text = b"".join(parts)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        while not self._text and not self._ended:
+            self._decrypt(self._ciphertext())
+        text, self._text = self._text[:size], self._text[size:]
+        return text
+
+    def sendall(self, data: bytes, flags: int = 0) -> None:  # type: ignore[override]  # of all buffers, bytes alone
+        with self._sending:
+            for start in range(0, len(data), 65_536):
+                with self._lock:
+                    self._tls.write(data[start : start + 65_536])
+                    output = self._output.read()
+                super().sendall(output)
+
+    def shutdown(self, how: int) -> None:
+        """End what is sent by TLS's own end; cut both directions off without one."""
+        if how == socket.SHUT_RDWR:
+            super().shutdown(how)
+            return
+        with self._sending:
+            with self._lock, contextlib.suppress(ssl.SSLWantReadError):  # the other side's own end has not come
+                self._tls.unwrap()
+            super().sendall(self._output.read())
 
 
 class TlsPeer(Peer):
@@ -120,7 +187,7 @@ class TlsPeer(Peer):
         super().__init__(host, port, **options)
         with contextlib.ExitStack() as unless_secure:
             unless_secure.enter_context(self.socket)
-            secured = unless_secure.enter_context(Secured(self.socket, context(version), "localhost"))
+            secured = unless_secure.enter_context(Secured(self.socket, context(version)))
             secured.shake_hands()
             unless_secure.pop_all()
         self.socket = secured
@@ -129,8 +196,8 @@ class TlsPeer(Peer):
 class TlsServer(Server):
     """A server with TLS, whose peers have it too."""
 
-    def __init__(self, *options: str, name: str = "good") -> None:
-        super().__init__("--tls-cert", pem(name), *options)
+    def __init__(self, *options: str, name: str = "good", constants: Mapping[str, object] | None = None) -> None:
+        super().__init__("--tls-cert", pem(name), *options, constants=constants)
 
     def connect(self, host: str, **options: Any) -> Peer:
         return TlsPeer(host, self.port, **options)
@@ -422,8 +489,8 @@ class Handshakes(TestCase):
             with self.subTest(version=version), TlsServer() as server, server.peer() as ann:
                 with server.peer(version=version) as bob:
                     bob.send("before\nunfinished")
+                    socket.socket.send(bob.socket, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)  # perhaps in one read
                     ann.expect(f"{bob.label}:before")
-                    socket.socket.send(bob.socket, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
                     with self.assertRaises(OSError):
                         while bob.socket.recv(1_000):
                             pass
@@ -433,9 +500,32 @@ class Handshakes(TestCase):
                     ann.expect(f"{cid.label}:fence")
 
     @needs_command("openssl", "openssl")
+    def test_who_has_tls_answer_more_than_it_may_is_let_go(self) -> None:
+        """Such as that it does not renegotiate."""
+        with TlsServer("--quiet", constants={"TLS_OUTPUT_BYTES": 10}) as server, server.peer() as ann:
+            with Program(
+                "openssl", "s_client", "-connect", f"{LOOPBACK}:{server.port}", "-tls1_2", keep_input=True
+            ) as program:
+                label = server.line().rpartition(" ")[2].rstrip(")")
+                program.send(b"hello\n")
+                ann.expect(f"{label}:hello")
+                program.send(b"R\n")
+                server.expect("Connection closed")
+            with server.peer() as bob:
+                bob.say("still here")
+                ann.expect(f"{bob.label}:still here")
+
+    def test_who_sends_much_without_any_text_in_it_is_let_go(self) -> None:
+        """Half of a record counts alike."""
+        with TlsServer(constants={"TLS_SILENT_BYTES": 1_000}) as server, server.peer() as bob:
+            socket.socket.send(bob.socket, b"\x17\x03\x03\x40\x00" + bytes(1_000))
+            server.expect("Connection closed")
+
+    @needs_command("openssl", "openssl")
     def test_new_keys_and_renegotiation_asked_for_by_openssl(self) -> None:
-        """New keys are made, as often as asked for, renegotiation is refused, and nobody else notices either."""
-        with TlsServer() as server, server.peer() as ann:
+        """New keys are made, as often as asked for, in the middle of a flood; renegotiation is refused."""
+        lines = numbered_lines(1_000)
+        with TlsServer("--quiet") as server, server.peer() as ann:
             for version, letter, answer in (("-tls1_3", "K", "KEYUPDATE"), ("-tls1_2", "R", "RENEGOTIATING")):
                 command = ("openssl", "s_client", "-connect", f"{LOOPBACK}:{server.port}", version)
                 with Program(*command, keep_input=True) as program:
@@ -443,7 +533,7 @@ class Handshakes(TestCase):
                     for number in range(3):
                         program.send(f"{number}\n".encode())
                         ann.expect(f"{label}:{number}")
-                        server.expect(f"{label}:{number}")
+                        ann.send(lines)
                         program.send(f"{letter}\n".encode())
                         # Each time: of a command and a line in one read it would see the command alone.
                         eventually(
@@ -451,14 +541,21 @@ class Handshakes(TestCase):
                         )
                         if letter == "R":
                             break
-                        ann.say("hello")
-                        server.expect(f"{ann.label}:hello")
-                        eventually(lambda: program.output.endswith(f"{ann.label}:hello\n".encode()))
+                        ann.send(lines)
+                        eventually(lambda: program.output.endswith(as_heard(ann.label, lines)))
                     program.end_input()
                     server.expect("Connection closed")
             with server.peer() as bob:
                 bob.say("still here")
                 ann.expect(f"{bob.label}:still here")
+
+
+class Records(TestCase):
+    def test_a_message_without_newline_stays_one_line_however_little_of_a_record_is_read_at_once(self) -> None:
+        """With --rate a handler reads 256 bytes: the rest of the record, decrypted already, is no silence."""
+        with TlsServer("--rate", "100") as server, server.peer() as ann, server.peer() as bob:
+            bob.send("x" * 300)
+            ann.expect(f"{bob.label}:{'x' * 300}")
 
 
 class Flow(TestCase):
@@ -744,111 +841,3 @@ class Ends(TestCase):
                 bob.expect("ann:half done")
             terminal.type("exit\r")
             self.assertEqual(terminal.wait(), 0)
-
-
-class Between(TestCase):
-    """A server's client alone, at the other end of whose connection is the test: moments that are hard to meet."""
-
-    def setUp(self) -> None:
-        self.watched: list[mychatserver.Client] = []
-        background = Background()
-        with socket.create_server((LOOPBACK, 0)) as listener:
-            peers: list[TlsPeer] = []
-            port = listener.getsockname()[1]
-            background.run(lambda: peers.append(TlsPeer(LOOPBACK, port, receive_buffer=8_192)))
-            sock, address = listener.accept()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_192)
-        tls = mychatserver.tls_context(pem("good"), None)
-        self.client = mychatserver.TlsClient(tls, sock, address, self.watched.append)
-        self.addCleanup(self.client.close)
-        self.client.prepare()
-        background.join()
-        (self.peer,) = peers
-        self.addCleanup(self.peer.close)
-
-    @contextlib.contextmanager
-    def full(self) -> Any:
-        """Have the socket take nothing."""
-        with mock.patch.object(mychatserver.Client, "_send", return_value=0):
-            yield
-
-    def test_the_end_waits_for_the_socket(self) -> None:
-        with self.full():
-            self.client.finish()
-            self.assertGreater(self.client.flush(), 0)
-        self.assertEqual(self.client.flush(), 0)
-        self.assertEqual(self.peer.socket.recv(1), b"")
-
-    def test_an_answer_of_tls_itself_waits_for_the_socket_and_goes_before_what_is_given(self) -> None:
-        """It makes the client one that has a backlog, so that the server thread sees to it."""
-        said = b"answer"
-        with self.full():
-            self.client._tls.write(said)  # stands for it
-            self.peer.say("hello")
-            self.assertEqual(self.client.recv(100), b"hello\n")
-            self.assertEqual(self.watched, [self.client])
-            self.client.give([memoryview(b" and "), memoryview(b"more")])
-        self.assertEqual(self.client.flush(), 0)
-        self.client.finish()
-        self.assertEqual(self.peer.read_to_end(), b"answer and more")
-
-    def test_who_has_tls_answer_and_does_not_read_is_let_go(self) -> None:
-        with self.full():
-            self.client._tls.write(bytes(mychatserver.TLS_OUTPUT_BYTES))
-            self.peer.say("hello")
-            self.client.recv(100)
-            self.assertTrue(self.client.ended)
-
-    def test_who_sends_much_without_any_text_in_it_is_let_go(self) -> None:
-        """Such as new keys without end, which cost more than text does; half of a record counts alike."""
-        socket.socket.send(self.peer.socket, b"\x17\x03\x03\x40\x00" + bytes(1_000))
-        socket.socket.shutdown(self.peer.socket, socket.SHUT_WR)
-        with mock.patch.object(mychatserver, "TLS_SILENT_BYTES", 1_000), self.assertRaises(ConnectionResetError):
-            self.client.recv(100)
-        self.assertTrue(self.client.ended)
-
-    def test_a_peer_that_is_gone_in_the_middle_of_its_backlog(self) -> None:
-        calls = []
-
-        def dies(client: mychatserver.Client, pieces: Sequence[memoryview]) -> int:
-            calls.append(pieces)
-            if len(calls) == 1:
-                return sum(map(len, pieces))
-            client._give_up(mychatserver.LOST)
-            return 0
-
-        with self.full():
-            self.client.give([memoryview(bytes(200_000))])
-        with mock.patch.object(mychatserver.Client, "_send", dies):
-            self.assertEqual(self.client.flush(), 0)
-        self.assertEqual(self.client.give([memoryview(b"more")]), 0)
-
-    def test_text_before_garbage_is_read(self) -> None:
-        self.peer.say("before")
-        socket.socket.send(self.peer.socket, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
-        self.assertEqual(self.client.recv(100), b"before\n")
-        with self.assertRaises(OSError):
-            self.client.recv(100)
-
-    def test_the_floor_counts_ciphertext(self) -> None:
-        """Who takes a little of a piece in thirty seconds is not who takes nothing."""
-        self.client.give([memoryview(bytes(65_536))])
-        self.assertEqual(self.client.behind, 65_536)
-        self.client.under_floor(late=False)
-        taken = 0
-        while taken < 20_000:
-            with contextlib.suppress(BlockingIOError):
-                taken += len(socket.socket.recv(self.peer.socket, 1_000))
-            self.client.flush()
-        self.assertEqual(self.client.behind, 65_536)
-        notes = [self.client.under_floor(late=False) for _ in range(mychatserver.STALL_SECONDS + 1)]
-        self.assertEqual(notes, [False] * mychatserver.STALL_SECONDS + [True])
-
-    def test_text_that_is_decrypted_already_is_input(self) -> None:
-        self.peer.send(bytes(20_000))
-        self.assertEqual(len(self.client.recv(1)), 1)
-        self.assertTrue(self.client.has_input(0.0))
-        count = 1
-        while count < 20_000:
-            count += len(self.client.recv(20_000))
-        self.assertFalse(self.client.has_input(0.0))
