@@ -106,10 +106,11 @@ class Program:
             stderr=self._errors if errors is None else errors,
             bufsize=0,
         )
-        self.output = b""
+        # Guards what follows; notified of more output, and of its end.
+        self._changed = threading.Condition()
+        self._output = bytearray()
         self._unread = 0
         self._ended = False
-        self._changed = threading.Condition()
         self.reading = threading.Event()
         self.reading.set()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -119,23 +120,35 @@ class Program:
         stream = self.process.stdout
         while stream and self.reading.wait() and (data := stream.read(65536)):
             with self._changed:
-                self.output += data
+                self._output += data
                 self._changed.notify_all()
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
+    @property
+    def output(self) -> bytes:
+        """All output so far, whether asked for by line or not."""
+        with self._changed:
+            return bytes(self._output)
+
     def line(self) -> str:
         """Return the next line of output."""
         with self._changed:
-            if not self._changed.wait_for(lambda: b"\n" in self.output[self._unread :] or self._ended, SECONDS):
+            if not self._changed.wait_for(lambda: self._output.find(b"\n", self._unread) >= 0 or self._ended, SECONDS):
                 raise Overdue(f"no line; output so far: {self.output!r}; errors: {self.errors()}")
-            end = self.output.find(b"\n", self._unread) + 1
+            end = self._output.find(b"\n", self._unread) + 1
             if not end:
                 raise AssertionError(f"output ended: {self.output!r}; errors: {self.errors()}")
-            line = self.output[self._unread : end - 1].decode()
+            line = self._output[self._unread : end - 1].decode()
             self._unread = end
             return line
+
+    def wait_for_bytes(self, count: int) -> None:
+        """Wait until there are so many bytes of output."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._output) >= count, SECONDS):
+                raise Overdue(f"{len(self._output)} bytes of output, of {count}; errors: {self.errors()}")
 
     def expect(self, *lines: str) -> None:
         """Fail unless these are the next lines of output."""
@@ -214,6 +227,10 @@ class Server(Program):
             if not passing.match(line):
                 raise AssertionError(line)
         return peer
+
+    def wait_until_empty(self) -> None:
+        """Wait until everyone who has come has left."""
+        eventually(lambda: self.output.count(b"Connection closed\n") == self.output.count(b"New connection from : "))
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal; return the exit status."""
@@ -349,6 +366,28 @@ class Peer:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
+
+
+class SharedServerTestCase(TestCase):
+    """A class whose tests share one server; each finds nobody in it."""
+
+    options: tuple[str, ...] = ()
+    constants: Mapping[str, object] | None = None
+    server: Server
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.server = Server(*cls.options, constants=cls.constants)
+        cls.addClassCleanup(cls.server.__exit__)
+
+    def setUp(self) -> None:
+        self.addCleanup(self.server.wait_until_empty)  # the last of the cleanups
+
+    def peer(self, host: str = LOOPBACK, **options: Any) -> Peer:
+        """Return a peer that is in the room until the test ends."""
+        peer = self.server.peer(host, **options)
+        self.addCleanup(peer.close)
+        return peer
 
 
 def as_text(output: bytes) -> str:

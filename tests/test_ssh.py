@@ -122,7 +122,7 @@ def is_there(pid: int) -> bool:
 
 
 @needs_command("ssh", "openssh-client")
-@unittest.skipUnless(SSHD, "needs sshd: install openssh-server")
+@unittest.skipUnless(SSHD, "needs sshd: apt-get install openssh-server")
 class ThroughSsh(TestCase):
     settings: tuple[str, ...] = ()
     pass_phrase = ""

@@ -21,7 +21,7 @@ from unittest import mock
 from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase, as_text, eventually
 
 # A short form runs without it, in tests.test_client and tests.test_reference.
-NEEDS_PYTE = unittest.skipUnless(importlib.util.find_spec("pyte"), "needs pyte: pip install -e '.[dev]'")
+NEEDS_PYTE = unittest.skipUnless(importlib.util.find_spec("pyte"), "needs pyte: python -m pip install pyte")
 GREETING = "Connected to chat server. Type 'exit' to leave."
 LEFT, HOME, SEARCH = "\x1b[D", "\x01", "\x12"
 
@@ -79,7 +79,7 @@ class Judged(Terminal):
 
     def settle(self) -> tuple[list[str], tuple[int, int]]:
         """Return what is shown when nothing has come for a while."""
-        while self._read(0.15):
+        while self.read(0.15):
             pass
         return self.shows()
 
@@ -87,7 +87,7 @@ class Judged(Terminal):
         """Whether the screen becomes this in time."""
         deadline = time.monotonic() + 5
         while self.shows() != expected:
-            if not self._read(deadline - time.monotonic()):
+            if not self.read(deadline - time.monotonic()):
                 return False
         return True
 
@@ -214,12 +214,12 @@ class Typing(TestCase):
                 words = "word " * numbers.randrange(20) + f"line {len(sent)}"
                 for keys in (*words, "x", "\x7f", LEFT, LEFT, "\x04", "\x05"):
                     client.type(keys)
-                    client._read(0.005, numbers.choice((10, 200, 4_000)))
+                    client.read(0.005, numbers.choice((10, 200, 4_000)))
                 client.type("\r")
                 sent.append(words[:-2] + words[-1:])
             client.type("half a li" + LEFT)
             while saying.is_alive():
-                client._read(0.1)
+                client.read(0.1)
             messages.append("54358:the last")
             client.say(messages[-1:])
             received: list[str] = []
@@ -264,7 +264,7 @@ class Typing(TestCase):
                 with contextlib.suppress(Overdue):
                     eventually(lambda: waiting.read_text() == "wait_woken", seconds=0.2)
                     time.sleep(0.06)  # time for a signal, of those that come until the message is drawn
-                client._read(0.2, 4_000)
+                client.read(0.2, 4_000)
                 if client.output.count(b" 1 2 3 ") > 40:
                     enough.set()
             background.join()
@@ -545,7 +545,7 @@ LIBEDIT = glob.glob("/usr/lib/*/libedit.so.2")
 
 
 @NEEDS_PYTE
-@unittest.skipUnless(LIBEDIT, "needs libedit: install libedit2")
+@unittest.skipUnless(LIBEDIT, "needs libedit: apt-get install libedit2")
 class Libedit(TestCase):
     """As on macOS, imitated by preloading it: lines that fit a row are safe."""
 

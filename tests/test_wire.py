@@ -6,23 +6,19 @@ import sys
 import unittest
 
 from mychatserver import clean, spoken
-from tests.support import LOOPBACK, Peer, Server, TestCase, as_heard, numbered_lines
+from tests.support import LOOPBACK, Peer, SharedServerTestCase, as_heard, numbered_lines
 from tests.test_lines import STREAM, reference_lines
 
 TOO_LONG = "* line too long: 65536 bytes at most, this line was not sent"
 LONGEST = 65_536
 
 
-class Wire(TestCase):
-    def setUp(self) -> None:
-        self.server = Server()
-        self.addCleanup(self.server.__exit__)
-        self.ann, self.bob = self.peer(), self.peer()
+class WireTestCase(SharedServerTestCase):
+    """Two peers in a server."""
 
-    def peer(self, host: str = LOOPBACK) -> Peer:
-        peer = self.server.peer(host)
-        self.addCleanup(peer.close)
-        return peer
+    def setUp(self) -> None:
+        super().setUp()
+        self.ann, self.bob = self.peer(), self.peer()
 
     def hears(self, sent: bytes | list[bytes], *lines: str) -> None:
         """Fail unless bob gets these lines of ann's, and nothing else, and ann nothing."""
@@ -38,13 +34,8 @@ class Wire(TestCase):
             for listener in listeners:
                 listener.expect(f"{third.label}:fence")
 
-    def let_a_second_pass(self) -> None:
-        """Return when a home-made client's line has come, which takes as long as silence that ends a line."""
-        with self.server.peer() as home_made:
-            home_made.send("a second has passed")
-            for listener in (self.ann, self.bob):
-                listener.expect(f"{home_made.label}:a second has passed")
 
+class Wire(WireTestCase):
     def test_each_line_of_one_packet_is_labelled(self) -> None:
         self.hears(b"one\ntwo\nthree\n", "one", "two", "three")
 
@@ -76,29 +67,6 @@ class Wire(TestCase):
         self.ann.reset()
         self.server.expect(f"{self.ann.label}:one", "Connection closed")
         self.fence(self.bob)
-
-    def test_a_home_made_client_that_sends_no_newline(self) -> None:
-        """Each of its messages is a line after a second; its exit leaves."""
-        self.ann.send("hello there")
-        self.bob.expect(f"{self.ann.label}:hello there")
-        self.ann.send("how are you")
-        self.bob.expect(f"{self.ann.label}:how are you")
-        self.ann.send("exit")
-        self.ann.expect_end()
-        self.fence(self.bob)
-
-    def test_a_line_typed_a_character_a_packet_stays_whole(self) -> None:
-        """Even with pauses longer than the silence that ends other lines: another's lines take that long to come."""
-        for character in "hé!":
-            self.ann.send(character)
-            self.let_a_second_pass()
-        self.hears(b"\r\n", "hé!")
-
-    def test_who_has_sent_a_newline_is_never_cut_by_silence(self) -> None:
-        self.hears(b"one\n", "one")
-        self.ann.send("two, ")
-        self.let_a_second_pass()
-        self.hears(b"whole\n", "two, whole")
 
     def test_blank_lines_are_not_relayed_and_blanks_are_kept(self) -> None:
         self.hears(b"\n\r\n \t \nHello! \n\tx\n", "Hello! ", "\tx")
@@ -176,3 +144,39 @@ class Wire(TestCase):
         for number in range(5_000):
             self.assertTrue(self.ann.line().startswith(f"{self.bob.label}:{number}.".encode()))
         self.bob.expect_end()
+
+
+class Silence(WireTestCase):
+    """Of a peer that has never sent a newline."""
+
+    constants = {"SILENCE_SECONDS": 0.2}
+
+    def let_silence_pass(self) -> None:
+        """Return when a home-made client's line has come, which takes as long as silence that ends a line."""
+        with self.server.peer() as home_made:
+            home_made.send("it is silent")
+            for listener in (self.ann, self.bob):
+                listener.expect(f"{home_made.label}:it is silent")
+
+    def test_a_home_made_client_that_sends_no_newline(self) -> None:
+        """Each of its messages is a line after the silence; its exit leaves."""
+        self.ann.send("hello there")
+        self.bob.expect(f"{self.ann.label}:hello there")
+        self.ann.send("how are you")
+        self.bob.expect(f"{self.ann.label}:how are you")
+        self.ann.send("exit")
+        self.ann.expect_end()
+        self.fence(self.bob)
+
+    def test_a_line_typed_a_character_a_packet_stays_whole(self) -> None:
+        """Even with pauses longer than the silence that ends other lines: another's lines take that long to come."""
+        for character in "hé!":
+            self.ann.send(character)
+            self.let_silence_pass()
+        self.hears(b"\r\n", "hé!")
+
+    def test_who_has_sent_a_newline_is_never_cut_by_silence(self) -> None:
+        self.hears(b"one\n", "one")
+        self.ann.send("two, ")
+        self.let_silence_pass()
+        self.hears(b"whole\n", "two, whole")
