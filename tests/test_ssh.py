@@ -15,15 +15,15 @@ import tempfile
 import threading
 import time
 import unittest
-from typing import Any
+from collections.abc import Mapping
 from unittest import mock
 
 import mychatclient
 from tests import test_reference
 from tests.support import (
     CLIENT,
+    LONG,
     LOOPBACK,
-    ROOT,
     SECONDS,
     Background,
     Program,
@@ -31,6 +31,7 @@ from tests.support import (
     Terminal,
     TestCase,
     as_heard,
+    command_of,
     eventually,
     free_port,
     home_made_server,
@@ -44,6 +45,10 @@ SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbi
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
 QUESTION = "(yes/no/[fingerprint])? "
+SHORT = {
+    "SSH_REFUSAL_SECONDS": 0.1,
+    "SSH_END_SECONDS": 0.2,
+}  # what a client waits for ssh, and whether a server is there
 
 
 class Machine(Program):
@@ -56,7 +61,7 @@ class Machine(Program):
         for name, phrase in (("host", ""), ("other", ""), ("user", pass_phrase)):
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", phrase, "-f", f"{folder}/{name}"]
             subprocess.run(command, check=True, timeout=SECONDS)
-        self.write("authorized", (self.folder / "user.pub").read_text())
+        self.authorize("user")
         self.trust("host")
         self.write(
             "sshd_config",
@@ -104,6 +109,10 @@ class Machine(Program):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"{line}\n" for line in lines))
 
+    def authorize(self, key: str) -> None:
+        """Have the machine let in who has this key."""
+        self.write("authorized", (self.folder / f"{key}.pub").read_text())
+
     def trust(self, key: str) -> None:
         """Have ssh know the machine by this key, or not at all."""
         self.write("known", *([f"[{LOOPBACK}]:{self.port} {(self.folder / f'{key}.pub').read_text()}"] if key else []))
@@ -124,29 +133,29 @@ def is_there(pid: int) -> bool:
 @needs_command("ssh", "openssh-client")
 @unittest.skipUnless(SSHD, "needs sshd: apt-get install openssh-server")
 class ThroughSsh(TestCase):
+    """A class whose tests share one machine; what they change of it they change back."""
+
     settings: tuple[str, ...] = ()
     pass_phrase = ""
+    machine: Machine
 
-    def setUp(self) -> None:
-        folder = self.enter(tempfile.TemporaryDirectory())
-        self.machine = self.enter(Machine(folder, *self.settings, pass_phrase=self.pass_phrase))
-        self.enter(mock.patch.dict(os.environ, self.machine.environment))
+    @classmethod
+    def setUpClass(cls) -> None:
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        cls.machine = stack.enter_context(Machine(folder, *cls.settings, pass_phrase=cls.pass_phrase))
+        stack.enter_context(mock.patch.dict(os.environ, cls.machine.environment))
 
-    def enter(self, manager: contextlib.AbstractContextManager[Any]) -> Any:
-        """Enter a context that the test's end leaves; unittest has this from 3.11 on."""
-        result = manager.__enter__()
-        self.addCleanup(manager.__exit__, None, None, None)
-        return result
-
-    def client(self, *arguments: str) -> Program:
-        return Program(sys.executable, CLIENT, "--ssh", "box", *arguments, keep_input=True)
+    def client(self, *arguments: str, constants: Mapping[str, object] = SHORT) -> Program:
+        return Program(*command_of(CLIENT, constants), "--ssh", "box", *arguments, keep_input=True)
 
     def in_terminal(self, *arguments: str) -> Terminal:
-        return Terminal(sys.executable, CLIENT, "--ssh", "box", *arguments)
+        return Terminal(*command_of(CLIENT, SHORT), "--ssh", "box", *arguments)
 
     def fails(self, *arguments: str, says: str = "", sentence: str) -> None:
         """Fail unless the client ends with status 1, ssh's words and then this sentence, before any greeting."""
-        with self.client(*arguments) as program:
+        with self.client(*arguments, constants={}) as program:
             self.assertEqual(program.wait(), 1)
             self.assertEqual(program.output, b"")
             *before, last = program.errors().splitlines()
@@ -167,14 +176,15 @@ class Chat(ThroughSsh):
         lines = numbered_lines(100_000)
 
         def serve(connection: socket.socket) -> None:
-            time.sleep(1.5)  # all buffers are full by then, and the client has waited long
+            time.sleep(0.6)  # all buffers are full by then, and the client has waited longer than for anything else
             heard = bytearray()
             while data := connection.recv(1 << 16):
                 heard += data
             self.assertTrue(heard == lines)
             connection.sendall(as_heard("1234", lines))
 
-        with home_made_server(serve) as port, self.client(LOOPBACK, str(port)) as program:
+        impatient = {**SHORT, "LEAVE_SECONDS": 0.2}
+        with home_made_server(serve) as port, self.client(LOOPBACK, str(port), constants=impatient) as program:
             program.expect(GREETING)
             ssh = ssh_of(program)
             program.send(lines)
@@ -244,7 +254,7 @@ class Chat(ThroughSsh):
 
     def test_ctrl_c_in_mid_chat(self) -> None:
         """As without ssh, which gets the signal too: status 130, the farewell, and no word of a lost connection."""
-        for _ in range(5):
+        for _ in range(5 if LONG else 1):
             with Server() as server, self.in_terminal(LOOPBACK, str(server.port)) as terminal:
                 terminal.wait_for(f"{GREETING}\n")
                 ssh = ssh_of(terminal)
@@ -256,13 +266,16 @@ class Chat(ThroughSsh):
 
     def test_a_client_that_is_ended_takes_ssh_along(self) -> None:
         """By Ctrl-C for itself alone, by SIGTERM, and by what nobody can handle."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            with self.subTest(number=number), Server() as server, self.client(LOOPBACK, str(server.port)) as program:
+        with Server() as server, contextlib.ExitStack() as stack:
+            programs = [stack.enter_context(self.client(LOOPBACK, str(server.port))) for _ in range(3)]
+            for program in programs:
                 program.expect(GREETING)
-                ssh = ssh_of(program)
+            children = [ssh_of(program) for program in programs]
+            for program, number in zip(programs, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)):
                 program.process.send_signal(number)
+            for program in programs:
                 program.wait()
-                eventually(lambda ssh=ssh: not is_there(ssh))  # type: ignore[misc]
+            eventually(lambda: not any(map(is_there, children)))
 
     def test_a_shell_that_talks_before_it_runs_a_command(self) -> None:
         self.machine.write("shell", "#!/bin/sh", "echo Welcome to my shell", 'exec /bin/sh "$@"')
@@ -322,25 +335,18 @@ class Asking(ThroughSsh):
 
 class Trouble(ThroughSsh):
     def test_a_wrong_host_key(self) -> None:
+        self.addCleanup(self.machine.trust, "host")
         self.machine.trust("other")
         self.fails(says="HOST IDENTIFICATION HAS CHANGED", sentence="No connection to box: ssh says why above; try ssh")
 
     def test_a_key_that_is_not_let_in(self) -> None:
-        self.machine.write("authorized", (self.machine.folder / "other.pub").read_text())
+        self.addCleanup(self.machine.authorize, "user")
+        self.machine.authorize("other")
         self.fails(says="Permission denied (publickey", sentence="No connection to box: ssh says why above")
 
-    def test_a_machine_that_cannot_be_reached(self) -> None:
-        self.machine.process.terminate()
-        self.machine.wait()
-        self.fails(says="Connection refused", sentence="No connection to box: ssh says why above")
-
     def test_a_machine_that_does_not_answer(self) -> None:
-        script = "import sys, mychatclient as c; c.CONNECT_SECONDS = 1; sys.exit(c.main(sys.argv[1:]))"
-        with (
-            mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}),
-            silent_port() as port,
-            Program(sys.executable, "-c", script, "--ssh", f"ssh://{LOOPBACK}:{port}") as program,
-        ):
+        command = command_of(CLIENT, {"CONNECT_SECONDS": 1})
+        with silent_port() as port, Program(*command, "--ssh", f"ssh://{LOOPBACK}:{port}") as program:
             self.assertEqual(program.wait(), 1)
             self.assertRegex(program.errors(), r"timed out\s+No connection to ssh://[^\n]*\n$")
 
@@ -362,6 +368,13 @@ class Trouble(ThroughSsh):
             with self.subTest(target=target), Program(sys.executable, CLIENT, f"--ssh={target}") as program:
                 self.assertEqual(program.wait(), 2)
                 self.assertIn(f"{target!r} is no machine for ssh", program.errors())
+
+
+class Gone(ThroughSsh):
+    def test_a_machine_that_cannot_be_reached(self) -> None:
+        self.machine.process.terminate()
+        self.machine.wait()
+        self.fails(says="Connection refused", sentence="No connection to box: ssh says why above")
 
 
 class Forbidden(ThroughSsh):
