@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
 import fcntl
@@ -216,17 +217,26 @@ class Server(Program):
         """Return a peer that may not yet be in the room."""
         return Peer(host, self.port, **options)
 
-    def peer(self, host: str = LOOPBACK, **options: Any) -> Peer:
-        """Return a peer that is in the room: the console has said so, after chat lines, comings and goings."""
-        peer = self.connect(host, **options)
-        expected = f"New connection from : {peer.address}"
-        passing = re.compile(
-            r"[^ :*]+:|\* \S+ is now |New connection|Connection closed|Others join with|No address was found"
-        )
-        while (line := self.line()) != expected:
+    def newcomer(self) -> tuple[str, int]:
+        """Return the address of the next one to enter the room; pass over chat lines, renames and goings."""
+        passing = re.compile(r"[^ :*]+:|\* \S+ is now |Connection closed|Others join with|No address was found")
+        while not (line := self.line()).startswith("New connection from : "):
             if not passing.match(line):
                 raise AssertionError(line)
+        host, port = ast.literal_eval(line.partition(" : ")[2])
+        return host, port
+
+    def peer(self, host: str = LOOPBACK, **options: Any) -> Peer:
+        """Return a peer that is in the room: the console has said so, perhaps after others have come."""
+        peer = self.connect(host, **options)
+        while self.newcomer() != peer.address:
+            pass
         return peer
+
+    def pass_over(self) -> None:
+        """Have nothing that was shown so far be a line to expect."""
+        with self._changed:
+            self._unread = len(self._output)
 
     def wait_until_empty(self) -> None:
         """Wait until everyone who has come has left."""
@@ -381,6 +391,7 @@ class SharedServerTestCase(TestCase):
         cls.addClassCleanup(cls.server.__exit__)
 
     def setUp(self) -> None:
+        self.server.pass_over()
         self.addCleanup(self.server.wait_until_empty)  # the last of the cleanups
 
     def peer(self, host: str = LOOPBACK, **options: Any) -> Peer:
@@ -434,7 +445,8 @@ class Terminal:
         """Wait until the screen ends with ``text``, or has it somewhere."""
         deadline = time.monotonic() + seconds
         while not (text in self.screen() if within else as_text(self.output[-8 * len(text) - 100 :]).endswith(text)):
-            if not self.read(deadline - time.monotonic()):
+            ended = self.process.poll() is not None
+            if not self.read(min(1.0, deadline - time.monotonic())) and (ended or time.monotonic() > deadline):
                 raise Overdue(f"{text!r} does not end {self.screen()!r}")
 
     def read(self, seconds: float, size: int = 65_536) -> bool:
@@ -594,6 +606,17 @@ def needs_command(name: str, package: str) -> Callable[[Any], Any]:
         os.access(os.path.join(folder, name), os.X_OK) for folder in os.environ.get("PATH", "").split(os.pathsep)
     )
     return unittest.skipUnless(found, f"needs {name}: apt-get install {package}")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+NEEDS_IPV6 = unittest.skipUnless(has_ipv6(), "needs IPv6: sysctl -w net.ipv6.conf.all.disable_ipv6=0")
 
 
 def heard_line_by_line(test: TestCase, peers: list[Peer], background: Background, count: int) -> list[list[bytes]]:

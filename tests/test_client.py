@@ -16,21 +16,24 @@ import tempfile
 import threading
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from unittest import mock
 
 import mychatclient
 from tests.support import (
     CLIENT,
+    LONG,
     LOOPBACK,
     SECONDS,
     TAKE_TERMINAL,
     Background,
     Program,
     Server,
+    SharedServerTestCase,
     Terminal,
     TestCase,
     as_heard,
+    command_of,
     eventually,
     free_port,
     home_made_server,
@@ -45,26 +48,43 @@ FAREWELL = "Disconnected from server"
 SLOW_TO_LOCK = f"""
 import sys, threading, time
 main, enter = threading.get_ident(), threading.Condition.__enter__
-threading.Condition.__enter__ = lambda lock: (enter(lock), time.sleep(0.3 if threading.get_ident() == main else 0))[0]
+threading.Condition.__enter__ = lambda lock: (enter(lock), time.sleep(0.15 if threading.get_ident() == main else 0))[0]
 sys.path.insert(0, {str(pathlib.Path(CLIENT).parent)!r})
 import mychatclient
 sys.exit(mychatclient.main())
 """
 
-# A client that takes its time to complete, and tells when it begins.
+# A client whose completer takes its time for the first thing that it calls, and tells when that begins.
 SLOW_TO_COMPLETE = f"""
-import os, sys, time
+import os, readline, sys, time
+set_completer = readline.set_completer
+
+def set_slow_completer(complete=None):
+    def complete_slowly(*given):
+        sys.setprofile(pause)
+        try:
+            return complete(*given)
+        finally:
+            sys.setprofile(None)
+
+    set_completer(complete and complete_slowly)
+
+def pause(frame, event, argument):
+    if event == "c_call":
+        sys.setprofile(None)
+        os.write(1, b"...")
+        time.sleep(0.3)
+
+readline.set_completer = set_slow_completer
 sys.path.insert(0, {str(pathlib.Path(CLIENT).parent)!r})
 import mychatclient
-complete = mychatclient.LineEditor._completion
-mychatclient.LineEditor._completion = lambda *given: (os.write(1, b"..."), time.sleep(0.3), complete(*given))[2]
 sys.exit(mychatclient.main())
 """
 
 
-def client(port: int, *options: str) -> Program:
+def client(port: int, *options: str, constants: Mapping[str, object] | None = None) -> Program:
     """Return a client in pipes."""
-    return Program(sys.executable, CLIENT, *options, LOOPBACK, str(port), keep_input=True)
+    return Program(*command_of(CLIENT, constants), *options, LOOPBACK, str(port), keep_input=True)
 
 
 def in_terminal(port: int, *options: str) -> Terminal:
@@ -87,11 +107,11 @@ def silent_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-class Pipes(TestCase):
+class Pipes(SharedServerTestCase):
     def test_the_whole_output_to_the_letter(self) -> None:
-        with Server() as server, server.peer() as ann, client(server.port) as program:
+        with self.server.peer() as ann, client(self.server.port) as program:
             program.expect(GREETING)
-            server.line()
+            self.server.line()
             ann.send("Hi!\nHello! \n漢字 \x1b[31m\n".encode())
             program.expect("", f"{ann.label}:Hi!", "", f"{ann.label}:Hello! ", "", f"{ann.label}:漢字 \ufffd[31m")
             program.send(b"one\ntwo")
@@ -101,14 +121,14 @@ class Pipes(TestCase):
             label = ann.line().partition(b":")[0]
             ann.expect(label + b":two")
 
-    def test_twenty_mb_go_through_whole_in_both_directions(self) -> None:
-        lines = numbered_lines(200_000)
+    def test_many_mb_go_through_whole_in_both_directions(self) -> None:
+        count = 200_000 if LONG else 80_000  # more than all buffers hold
+        lines = numbered_lines(count)
         with Server("--quiet") as server, client(server.port) as sender, client(server.port) as receiver:
             labels = {server.line().rpartition(" ")[2].rstrip(")") for _ in range(2)}
             background = Background()
             background.run(sender.send, lines)
-            shown = len(lines) + 200_000 * (len("12345:\n")) + len(GREETING) + 1
-            eventually(lambda: len(receiver.output) >= shown)
+            receiver.wait_for_bytes(len(lines) + count * len("12345:\n") + len(GREETING) + 1)
             background.join()
             heard = receiver.output[len(GREETING) + 1 :]
             wanted = [as_heard(label, lines).replace(b"\n", b"\n\n")[:-1] for label in labels]
@@ -128,8 +148,8 @@ class Pipes(TestCase):
 
     def test_a_shared_input_that_somebody_makes_non_blocking_is_read_to_its_end(self) -> None:
         reading, writing = os.pipe()
-        with Server() as server, server.peer() as ann:
-            command = (sys.executable, CLIENT, LOOPBACK, str(server.port))
+        with self.server.peer() as ann:
+            command = (sys.executable, CLIENT, LOOPBACK, str(self.server.port))
             program = subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL)
             self.addCleanup(program.kill)
             for number in range(3):
@@ -141,14 +161,14 @@ class Pipes(TestCase):
         os.close(reading)
 
     def test_exit_in_the_input_leaves_and_what_follows_is_not_sent(self) -> None:
-        with Server() as server, server.peer() as ann, client(server.port) as program:
+        with self.server.peer() as ann, client(self.server.port) as program:
             program.expect(GREETING)
-            server.line()
+            self.server.line()
             program.send(b"before\n \texit\nafter\n")
             program.expect(FAREWELL)
             self.assertEqual(program.wait(), 0)
             self.assertTrue(ann.line().endswith(b":before"))
-            with server.peer() as bob:
+            with self.server.peer() as bob:
                 bob.say("fence")
                 ann.expect(f"{bob.label}:fence")
 
@@ -192,11 +212,11 @@ class Pipes(TestCase):
 
     @needs_command("head", "coreutils")
     def test_head_1_as_a_reader_of_the_output(self) -> None:
-        with Server() as server, server.peer() as ann:
+        with self.server.peer() as ann:
             head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             assert head.stdin
             with Program(
-                sys.executable, CLIENT, LOOPBACK, str(server.port), keep_input=True, output=head.stdin.fileno()
+                sys.executable, CLIENT, LOOPBACK, str(self.server.port), keep_input=True, output=head.stdin.fileno()
             ) as program:
                 first, _ = head.communicate(timeout=SECONDS)
                 self.assertEqual(first.decode(), f"{GREETING}\n")
@@ -211,10 +231,10 @@ class Pipes(TestCase):
 
     def test_standard_output_that_is_closed_at_the_start(self) -> None:
         """The connection does not get its number, so nothing that is shown goes to the server."""
-        with Server() as server, server.peer() as ann:
-            command = ("sh", "-c", 'exec "$@" >&-', "sh", sys.executable, CLIENT, LOOPBACK, str(server.port))
+        with self.server.peer() as ann:
+            command = ("sh", "-c", 'exec "$@" >&-', "sh", sys.executable, CLIENT, LOOPBACK, str(self.server.port))
             with Program(*command, keep_input=True) as program:
-                server.line()
+                self.server.line()
                 program.send(b"hello\n")
                 self.assertTrue(ann.line().endswith(b":hello"))
                 program.end_input()
@@ -252,21 +272,20 @@ class Pipes(TestCase):
 
     def test_ctrl_c_is_not_for_a_background_job(self) -> None:
         """Where SIGINT is ignored from the start it stays so."""
-        with Server() as server:
-            command = ("sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, CLIENT, LOOPBACK, str(server.port))
-            with Program(*command, keep_input=True) as program:
-                program.expect(GREETING)
-                program.process.send_signal(signal.SIGINT)
-                program.end_input()
-                program.expect(FAREWELL)
-                self.assertEqual(program.wait(), 0)
+        command = ("sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, CLIENT, LOOPBACK, str(self.server.port))
+        with Program(*command, keep_input=True) as program:
+            program.expect(GREETING)
+            program.process.send_signal(signal.SIGINT)
+            program.end_input()
+            program.expect(FAREWELL)
+            self.assertEqual(program.wait(), 0)
 
     def test_the_servers_end_is_no_interruption_with_a_lock_held(self) -> None:
         """Who leaves is interrupted by the server's end-of-file nowhere where it could wait for itself for ever."""
 
         def serve(connection: socket.socket) -> None:
             self.assertEqual(connection.recv(100), b"exit\n")
-            time.sleep(0.1)  # for the main thread to be in the middle of what it does next
+            time.sleep(0.05)  # for the main thread to be in the middle of what it does next
 
         with home_made_server(serve) as port:
             command = (sys.executable, "-c", SLOW_TO_LOCK, LOOPBACK, str(port))
@@ -276,8 +295,8 @@ class Pipes(TestCase):
                 self.assertEqual(program.wait(), 0)
 
     def test_input_that_cannot_be_read_is_none(self) -> None:
-        with Server() as server, open(os.devnull, "wb") as unreadable:
-            command = [sys.executable, CLIENT, LOOPBACK, str(server.port)]
+        with open(os.devnull, "wb") as unreadable:
+            command = [sys.executable, CLIENT, LOOPBACK, str(self.server.port)]
             done = subprocess.run(command, stdin=unreadable, capture_output=True, timeout=SECONDS, check=False)
             self.assertEqual((done.returncode, done.stderr), (0, b""))
             self.assertEqual(done.stdout.decode(), f"{GREETING}\n{FAREWELL}\n")
@@ -288,19 +307,19 @@ class Pipes(TestCase):
         self.addCleanup(os.close, reader)
         self.addCleanup(os.close, writer)
         os.set_blocking(writer, False)
-        with Server() as server, Program(sys.executable, CLIENT, LOOPBACK, str(server.port), output=writer) as program:
+        with Program(sys.executable, CLIENT, LOOPBACK, str(self.server.port), output=writer) as program:
             self.assertEqual(program.wait(), 0)
             self.assertTrue(os.get_blocking(writer))
 
     def test_a_full_disk_is_told(self) -> None:
-        with Server() as server, open("/dev/full", "wb") as full:
-            command = (sys.executable, CLIENT, LOOPBACK, str(server.port))
+        with open("/dev/full", "wb") as full:
+            command = (sys.executable, CLIENT, LOOPBACK, str(self.server.port))
             with Program(*command, output=full.fileno()) as program:
                 self.assertEqual(program.wait(), 1)
                 self.assertRegex(program.errors(), r"^Cannot show what comes: No space left on device; [^\n]+\n$")
 
     def test_ctrl_c(self) -> None:
-        with Server() as server, client(server.port) as program:
+        with client(self.server.port) as program:
             program.expect(GREETING)
             program.process.send_signal(signal.SIGINT)
             self.assertEqual(program.wait(), 130)
@@ -309,18 +328,18 @@ class Pipes(TestCase):
 
 
 class OtherServers(TestCase):
-    def test_a_server_that_sends_no_newline_is_shown_after_a_second(self) -> None:
+    def test_a_server_that_sends_no_newline_is_shown_after_some_silence(self) -> None:
         def serve(connection: socket.socket) -> None:
             connection.sendall(b"Welcome!")
             self.assertEqual(connection.recv(100), b"go on\n")
             connection.sendall("é".encode())
-            time.sleep(1.5)  # longer than the silence that ends a line, which one character does not begin
+            time.sleep(0.4)  # longer than the silence that ends a line, which one character does not begin
             connection.sendall(b"t")
-            time.sleep(1.5)  # likewise
+            time.sleep(0.4)  # likewise
             connection.sendall(b"e and more")
             self.assertEqual(connection.recv(100), b"")
 
-        with home_made_server(serve) as port, client(port) as program:
+        with home_made_server(serve) as port, client(port, constants={"SILENCE_SECONDS": 0.2}) as program:
             program.expect(GREETING, "", "Welcome!")
             program.send(b"go on\n")
             program.expect("", "éte and more")
@@ -362,7 +381,7 @@ class OtherServers(TestCase):
             self.assertEqual(program.output.count(b"z"), 10_000_000)
 
 
-class Terminals(TestCase):
+class Terminals(SharedServerTestCase):
     """With GNU readline."""
 
     options: tuple[str, ...] = ()
@@ -374,12 +393,12 @@ class Terminals(TestCase):
         self.assertEqual(terminal.attributes(), terminal.before)
 
     def test_ctrl_d_leaves(self) -> None:
-        with Server() as server, in_terminal(server.port, *self.options) as terminal:
+        with in_terminal(self.server.port, *self.options) as terminal:
             terminal.type("\x04")
             self.ends(terminal, 0, f"{GREETING}\n{FAREWELL}\n")
 
     def test_ctrl_c(self) -> None:
-        with Server() as server, in_terminal(server.port, *self.options) as terminal:
+        with in_terminal(self.server.port, *self.options) as terminal:
             terminal.type("\x03")
             self.ends(terminal, 130, f"{GREETING}\n{self.row_after_ctrl_c}{FAREWELL}\n")
 
@@ -400,23 +419,23 @@ class Terminals(TestCase):
 
     def test_a_terminal_to_type_in_and_nothing_to_show_on(self) -> None:
         for closed in (">&-", "2>&-", ">&- 2>&-"):
-            with self.subTest(closed=closed), Server() as server, server.peer() as ann:
-                arguments = ("sh", sys.executable, CLIENT, *self.options, LOOPBACK, str(server.port))
+            with self.subTest(closed=closed), self.server.peer() as ann:
+                arguments = ("sh", sys.executable, CLIENT, *self.options, LOOPBACK, str(self.server.port))
                 with Terminal("/bin/sh", "-c", f'exec "$@" {closed}', *arguments) as terminal:
-                    server.line()
+                    self.server.newcomer()
                     terminal.type("hello\nexit\n")
                     self.assertTrue(ann.line().endswith(b":hello"))
                     self.assertEqual(terminal.wait(), 0)
 
     def test_bytes_that_are_no_text_arrive_as_replacements(self) -> None:
-        with Server() as server, server.peer() as ann, in_terminal(server.port, *self.options) as terminal:
+        with self.server.peer() as ann, in_terminal(self.server.port, *self.options) as terminal:
             terminal.type(b"a\xffb\n")
             self.assertTrue(ann.line().endswith("a\ufffdb".encode()))
             terminal.type("exit\n")
             self.assertEqual(terminal.wait(), 0)
 
     def test_blank_lines_are_not_sent(self) -> None:
-        with Server() as server, server.peer() as ann, in_terminal(server.port, *self.options) as terminal:
+        with self.server.peer() as ann, in_terminal(self.server.port, *self.options) as terminal:
             terminal.type("\n \t \nwords\n  exit \n")
             self.assertEqual(terminal.wait(), 0)
             self.assertTrue(ann.line().endswith(b":words"))
@@ -451,7 +470,7 @@ def style(own_label: str = "", colour: bool = False, clock: bool = False, bell: 
     return mychatclient.Style(mychatclient.People(own_label), colour, clock, bell, learn=False)
 
 
-class Looks(TestCase):
+class Looks(SharedServerTestCase):
     LINES = b"54358:Hi!\n54383:* not a notice\n* 54358 is now ann\n54358:again\nno label\n"
 
     def test_as_it_is(self) -> None:
@@ -531,30 +550,29 @@ class Looks(TestCase):
             ((), {"NO_COLOR": "1"}, False),
             ((), {"TERM": "dumb"}, False),
         ):
-            with self.subTest(options=options, environment=environment), Server() as server:
+            with self.subTest(options=options, environment=environment):
                 settings = [f"{name}={value}" for name, value in environment.items()]
-                command = ["/usr/bin/env", *settings, sys.executable, CLIENT, *options, LOOPBACK, str(server.port)]
+                command = ["/usr/bin/env", *settings, sys.executable, CLIENT, *options, LOOPBACK, str(self.server.port)]
                 with Terminal(*command) as terminal:
                     terminal.wait_for(f"{GREETING}\n")
-                    server.line()  # it is in
-                    ann = server.peer()
-                    self.addCleanup(ann.close)
+                    self.server.newcomer()
+                    ann = self.peer()
                     ann.say("Hi!")
                     terminal.wait_for(f"{ann.label}:Hi!\n")
                     self.assertEqual(b"\x1b[" in terminal.output, expected)
 
     def test_a_pipe_has_no_colour(self) -> None:
-        with Server() as server, client(server.port) as program:
+        with client(self.server.port) as program:
             program.expect(GREETING)
-            server.line()  # it is in
-            with server.peer() as ann:
+            self.server.newcomer()
+            with self.server.peer() as ann:
                 ann.say("Hi!")
                 program.expect("", f"{ann.label}:Hi!")
 
 
-class Names(TestCase):
+class Names(SharedServerTestCase):
     def test_a_name_is_asked_for_and_what_is_typed_goes_out_under_it(self) -> None:
-        with Server() as server, server.peer() as ann, client(server.port, "--name", "bob") as program:
+        with self.server.peer() as ann, client(self.server.port, "--name", "bob") as program:
             program.expect(GREETING, "")
             notice = program.line()
             self.assertRegex(notice, r"^\* \d+ is now bob$")
@@ -562,16 +580,15 @@ class Names(TestCase):
             program.send(b"Hi!\n")
             ann.expect("bob:Hi!")
             # Refused: the notice shows, and it goes on as the port.
-            with client(server.port, "--name", " BOB ") as other:
+            with client(self.server.port, "--name", " BOB ") as other:
                 other.expect(GREETING, "", "* name 'BOB' is taken")
                 other.send(b"Hi!\n")
                 self.assertRegex(ann.line(), rb"^\d+:Hi!$")
 
     def test_a_name_from_the_environment(self) -> None:
         with (
-            Server() as server,
             mock.patch.dict(os.environ, {"MYCHAT_NAME": "bob\nHi!"}),
-            client(server.port) as program,
+            client(self.server.port) as program,
         ):
             program.expect(GREETING, "", "* not a name: 'bob Hi!': letters, digits, _, - and . only")
 
@@ -579,7 +596,7 @@ class Names(TestCase):
 class TurnedAway(TestCase):
     def test_a_full_server_is_a_lost_connection_also_when_the_input_has_ended(self) -> None:
         with Server("--max-clients", "1") as server, server.peer():
-            for _ in range(5):
+            for _ in range(5 if LONG else 2):
                 with client(server.port) as program:
                     program.send(b"1\n2\n")
                     program.end_input()
@@ -588,7 +605,7 @@ class TurnedAway(TestCase):
                     self.assertIn(b"* server full: 1 of 1 clients\n", program.output)
 
 
-class Quitting(TestCase):
+class Quitting(SharedServerTestCase):
     def test_the_servers_end_while_tab_completes(self) -> None:
         """It is not lost in the completer, out of which readline, and libedit, let no exception."""
         ending = threading.Event()
@@ -625,7 +642,7 @@ class Quitting(TestCase):
                 master, slave = pty.openpty()
                 command = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-c", TAKE_TERMINAL)
                 program = subprocess.Popen(
-                    [*command, sys.executable, CLIENT, *options, LOOPBACK, str(port)],
+                    [*command, *command_of(CLIENT, {"LEAVE_SECONDS": 0.1}), *options, LOOPBACK, str(port)],
                     stdin=slave,
                     stdout=slave,
                     stderr=errors,
@@ -647,21 +664,20 @@ class Quitting(TestCase):
                 self.assertNotIn(b"Traceback", errors.read())
 
     def test_what_is_pasted_behind_exit_is_not_left_for_the_shell(self) -> None:
-        with Server() as server, in_terminal(server.port) as terminal:
+        with in_terminal(self.server.port) as terminal:
             terminal.type("exit\rrm -rf x\r")
             self.assertEqual(terminal.wait(), 0)
             self.assertEqual(terminal.left_to_read(), b"")
 
     def test_quit_leaves_like_exit(self) -> None:
-        with Server() as server:
-            with client(server.port) as program:
-                program.expect(GREETING)
-                program.send(b"/quit\n")
-                program.expect(FAREWELL)
-                self.assertEqual(program.wait(), 0)
-            with in_terminal(server.port) as terminal:
-                terminal.type("/quit\r")
-                self.assertEqual(terminal.wait(), 0)
+        with client(self.server.port) as program:
+            program.expect(GREETING)
+            program.send(b"/quit\n")
+            program.expect(FAREWELL)
+            self.assertEqual(program.wait(), 0)
+        with in_terminal(self.server.port) as terminal:
+            terminal.type("/quit\r")
+            self.assertEqual(terminal.wait(), 0)
 
 
 class Connecting(TestCase):

@@ -21,6 +21,7 @@ import mychatserver
 from tests.support import (
     CLIENT,
     LOOPBACK,
+    NEEDS_IPV6,
     SECONDS,
     SERVER,
     Background,
@@ -31,7 +32,6 @@ from tests.support import (
     free_port,
     once,
 )
-from tests.test_server import has_ipv6
 
 IP = shutil.which("ip", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") or ""
 GREETING = "Connected to chat server. Type 'exit' to leave."
@@ -153,7 +153,7 @@ class Hosts(TestCase):
             self.assertRegex(client.errors(), pattern)
         return client.errors()
 
-    @unittest.skipUnless(has_ipv6(), "needs IPv6")
+    @NEEDS_IPV6
     def test_the_printed_commands_join(self) -> None:
         """By --lan, by IPv4 and by IPv6, whichever is typed as the server printed it, with and without a way out."""
         for way_out in (False, True):

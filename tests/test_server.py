@@ -6,7 +6,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from unittest import mock
 import mychatserver
 from tests.support import (
     LOOPBACK,
+    NEEDS_IPV6,
     SECONDS,
     SERVER,
     Background,
@@ -31,14 +31,6 @@ from tests.support import (
 )
 
 LINUX = unittest.skipUnless(sys.platform == "linux", "needs Linux: /proc tells of a process")
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
 
 
 class Options(TestCase):
@@ -91,7 +83,7 @@ class Options(TestCase):
             "No permission to listen on port 80: choose one from 1024 up with --port.",
         )
 
-    @unittest.skipUnless(has_ipv6(), "needs IPv6")
+    @NEEDS_IPV6
     def test_ipv6(self) -> None:
         with Server("--host", "[::1]") as server:
             self.assertEqual(server.first_line, f"Server listening on [::1]:{server.port}")
@@ -99,7 +91,7 @@ class Options(TestCase):
                 ann.say("Hi!")
                 bob.expect(f"{ann.label}:Hi!")
 
-    @unittest.skipUnless(has_ipv6(), "needs IPv6")
+    @NEEDS_IPV6
     def test_all_addresses_of_both_families(self) -> None:
         """An IPv4 address that comes over IPv6 is shown as itself."""
         with Server("--host", "::") as server:

@@ -24,6 +24,7 @@ from tests.support import (
     CLIENT,
     LONG,
     LOOPBACK,
+    NEEDS_IPV6,
     SECONDS,
     Background,
     Program,
@@ -39,7 +40,6 @@ from tests.support import (
     numbered_lines,
 )
 from tests.test_client import silent_port
-from tests.test_server import has_ipv6
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") or ""
 GREETING = "Connected to chat server. Type 'exit' to leave."
@@ -207,7 +207,7 @@ class Chat(ThroughSsh):
                     self.assertEqual(program.wait(), 0)
                     server.expect("Connection closed")
 
-    @unittest.skipUnless(has_ipv6(), "needs IPv6")
+    @NEEDS_IPV6
     def test_ipv6_there(self) -> None:
         with (
             socket.create_server(("::1", 0), family=socket.AF_INET6) as listener,
