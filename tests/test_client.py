@@ -699,7 +699,9 @@ class Connecting(TestCase):
             with self.subTest(host=host):
                 self.fails(host, sentence=f"Unknown host {host!r}: check the spelling")
 
-    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "needs root: for a name server of its own")
+    @unittest.skipUnless(
+        os.geteuid() == 0 and shutil.which("unshare"), "needs root: sudo python -m unittest tests.test_client"
+    )
     def test_ctrl_c_while_the_name_server_does_not_answer(self) -> None:
         if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
             self.skipTest("needs root: with the right to unshare")
@@ -741,11 +743,9 @@ class Connecting(TestCase):
             self.assertEqual(program.output.decode(), f"mychatclient {mychatclient.__version__}\n")
 
     def test_no_answer_in_time(self) -> None:
-        with silent_port() as port:
-            script = "import sys, mychatclient as c; c.CONNECT_SECONDS = 0.5; sys.exit(c.main(sys.argv[1:]))"
-            with Program(sys.executable, "-c", script, LOOPBACK, str(port)) as program:
-                self.assertEqual(program.wait(), 1)
-                self.assertIn(f"No answer from {LOOPBACK} port {port}: check the address", program.errors())
+        with silent_port() as port, client(port, constants={"CONNECT_SECONDS": 0.5}) as program:
+            self.assertEqual(program.wait(), 1)
+            self.assertIn(f"No answer from {LOOPBACK} port {port}: check the address", program.errors())
 
     def test_ctrl_c_while_connecting(self) -> None:
         with silent_port() as port:

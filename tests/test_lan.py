@@ -28,6 +28,7 @@ from tests.support import (
     Program,
     Server,
     TestCase,
+    command_of,
     eventually,
     free_port,
     once,
@@ -100,8 +101,9 @@ class Host:
     def server(self, *options: str) -> Server:
         return Server("--lan", *options, prefix=self.prefix)
 
-    def client(self, *arguments: str) -> Program:
-        return self.python(CLIENT, *arguments)
+    def client(self, *arguments: str, **constants: object) -> Program:
+        command = command_of(CLIENT, {"ASK_SECONDS": 0.1, **constants})  # which is long, here
+        return Program(*command, *arguments, keep_input=True, prefix=self.prefix)
 
     def python(self, *arguments: str) -> Program:
         environment = {"PYTHONPATH": os.path.dirname(SERVER)}
@@ -122,8 +124,8 @@ def says(speaker: Program, text: str, listener: Program) -> None:
 
 
 @unittest.skipUnless(sys.platform == "linux", "needs network namespaces: only Linux has them")
-@unittest.skipUnless(IP, "needs ip: install iproute2")
-@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root: for network namespaces")
+@unittest.skipUnless(IP, "needs ip: apt-get install iproute2")
+@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root: sudo python -m unittest tests.test_lan")
 class Hosts(TestCase):
     def setUp(self) -> None:
         self.here, self.there = self.host(), self.host()
@@ -213,9 +215,11 @@ class Hosts(TestCase):
     def test_where_a_network_loses_group_or_broadcast_the_other_is_enough(self) -> None:
         self.cable()
         with self.here.server():
-            for lost in ("c.EVERYONE = c.DISCOVERY_GROUP", "c.DISCOVERY_GROUP = c.EVERYONE"):
-                script = f"import sys, mychatclient as c; {lost}; sys.exit(c.main(['--lan']))"
-                with self.subTest(lost=lost), self.there.python("-c", script) as client:
+            for left in (mychatclient.DISCOVERY_GROUP, mychatclient.EVERYONE):
+                with (
+                    self.subTest(left=left),
+                    self.there.client("--lan", EVERYONE=left, DISCOVERY_GROUP=left) as client,
+                ):
                     client.expect(GREETING)
 
     def test_several_servers_are_one_join_command_each(self) -> None:
@@ -273,9 +277,8 @@ class Hosts(TestCase):
         """The client says so in a sentence: the server's firewall by address, and its own by --lan."""
         self.cable()
         self.here.drop("from", "10.77.0.2")
-        script = "import sys, mychatclient as c; c.CONNECT_SECONDS = 0.5; sys.exit(c.main(sys.argv[1:]))"
         with self.here.server() as server:
-            with self.there.python("-c", script, "10.77.0.1", str(server.port)) as client:
+            with self.there.client("10.77.0.1", str(server.port), CONNECT_SECONDS=0.5) as client:
                 self.fails(client, rf"^No answer from 10\.77\.0\.1 port {server.port}: check the address; a firewall")
             self.there.drop("from", "10.77.0.1")  # which multicast passes, but no answer
             with self.there.client("--lan") as client:
@@ -285,8 +288,7 @@ class Hosts(TestCase):
         """Found, but not to be reached: the sentence says where."""
         self.cable()
         self.here.drop("from", "10.77.0.2", "ipproto", "tcp")
-        script = "import sys, mychatclient as c; c.CONNECT_SECONDS = 0.5; sys.exit(c.main(sys.argv[1:]))"
-        with self.here.server() as server, self.there.python("-c", script, "--lan") as client:
+        with self.here.server() as server, self.there.client("--lan", CONNECT_SECONDS=0.5) as client:
             self.fails(client, "^Joining the server", rf"\nNo answer from 10\.77\.0\.1 port {server.port}: ")
 
     def test_a_kernel_without_ipv6(self) -> None:

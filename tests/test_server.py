@@ -309,11 +309,12 @@ class Output(TestCase):
     def hears(ann: Peer, bob: Peer) -> bool:
         """Say something, again and again: there is no console to tell when bob is in."""
         ann.say("anyone?")
-        bob.socket.settimeout(0.5)
+        bob.socket.settimeout(0.1)  # until it is said again
         try:
             bob.expect(f"{ann.label}:anyone?")
         except OSError:
             return False
+        bob.socket.settimeout(SECONDS)
         return True
 
     @LINUX
@@ -343,14 +344,14 @@ class Limits(TestCase):
             eventually(lambda: "Too many open files" in server.errors())
             wake_ups, seconds = server.work()
             started = time.monotonic()
-            while time.monotonic() - started < 3:
+            while time.monotonic() - started < 1:
                 ann.say("still here")
                 bob.expect(f"{ann.label}:still here")
-                ann.send("")  # each exchange wakes a few threads; a loop that spins uses the CPU all the time
+                # Each exchange wakes a few threads; a loop that spins uses the CPU all the time.
                 time.sleep(0.1)  # what the server does in between is what is measured
             more_wake_ups, more_seconds = (after - before for after, before in zip(server.work(), (wake_ups, seconds)))
-            self.assertLess(more_wake_ups, 3_000)
-            self.assertLess(more_seconds, 1.5)
+            self.assertLess(more_wake_ups, 1_000)
+            self.assertLess(more_seconds, 0.5)
             self.assertEqual(server.errors().count("\n"), 1)
             self.assertIn("ulimit -n", server.errors())
             for peer in crowd[:-1]:
