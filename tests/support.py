@@ -616,6 +616,7 @@ def has_ipv6() -> bool:
         return False
 
 
+NEEDS_ROOT = unittest.skipUnless(os.geteuid() == 0, "needs root: sudo python -m unittest")
 NEEDS_IPV6 = unittest.skipUnless(has_ipv6(), "needs IPv6: sysctl -w net.ipv6.conf.all.disable_ipv6=0")
 
 

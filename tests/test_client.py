@@ -7,7 +7,6 @@ import glob
 import os
 import pathlib
 import pty
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import unittest
 from collections.abc import Iterator, Mapping
 from unittest import mock
 
@@ -24,6 +22,7 @@ from tests.support import (
     CLIENT,
     LONG,
     LOOPBACK,
+    NEEDS_ROOT,
     SECONDS,
     TAKE_TERMINAL,
     Background,
@@ -699,12 +698,11 @@ class Connecting(TestCase):
             with self.subTest(host=host):
                 self.fails(host, sentence=f"Unknown host {host!r}: check the spelling")
 
-    @unittest.skipUnless(
-        os.geteuid() == 0 and shutil.which("unshare"), "needs root: sudo python -m unittest tests.test_client"
-    )
+    @NEEDS_ROOT
+    @needs_command("unshare", "util-linux")
     def test_ctrl_c_while_the_name_server_does_not_answer(self) -> None:
         if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
-            self.skipTest("needs root: with the right to unshare")
+            self.skipTest("needs root: with the right to unshare, sudo python -m unittest tests.test_client")
         host = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"  # other suites may run beside this one
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server, tempfile.NamedTemporaryFile() as settings:
             try:

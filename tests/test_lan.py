@@ -22,6 +22,7 @@ from tests.support import (
     CLIENT,
     LOOPBACK,
     NEEDS_IPV6,
+    NEEDS_ROOT,
     SECONDS,
     SERVER,
     Background,
@@ -77,7 +78,7 @@ class Host:
         self._links = 0
         made = subprocess.run([IP, "netns", "add", self.name], stderr=subprocess.PIPE, text=True)
         if made.returncode:
-            raise unittest.SkipTest(f"needs network namespaces: {made.stderr.strip()}")
+            raise unittest.SkipTest(f"needs network namespaces: unshare -n true has to work; {made.stderr.strip()}")
         self.ip("link", "set", "lo", "up")
 
     def ip(self, *arguments: str) -> None:
@@ -125,7 +126,7 @@ def says(speaker: Program, text: str, listener: Program) -> None:
 
 @unittest.skipUnless(sys.platform == "linux", "needs network namespaces: only Linux has them")
 @unittest.skipUnless(IP, "needs ip: apt-get install iproute2")
-@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root: sudo python -m unittest tests.test_lan")
+@NEEDS_ROOT
 class Hosts(TestCase):
     def setUp(self) -> None:
         self.here, self.there = self.host(), self.host()

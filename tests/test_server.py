@@ -182,7 +182,9 @@ class Ending(TestCase):
             return Program(sys.executable, "-c", start)
 
     def test_ctrl_c_before_the_server_listens(self) -> None:
-        interrupt = "import signal\nmychatserver.raise_descriptor_limit = lambda: signal.raise_signal(signal.SIGINT)"
+        interrupt = (
+            "import signal, socket\nsocket.socket.listen = lambda *arguments: signal.raise_signal(signal.SIGINT)"
+        )
         with self.scripted(interrupt) as program:
             self.assertEqual(program.wait(), 0)
             self.assertEqual((program.output, program.errors()), (b"", ""))
@@ -208,7 +210,8 @@ class Ending(TestCase):
         script = (
             "import threading, traceback\n"
             "threading.excepthook = lambda problem: print(problem.exc_value, flush=True)\n"
-            "mychatserver.Server._accept = lambda server: 1 / 0"
+            "import socket\n"
+            "socket.socket.accept = lambda sock: 1 / 0"
         )
         with self.scripted(script) as program:
             port = int(program.line().rpartition(":")[2])
