@@ -42,7 +42,7 @@ TAKE_TERMINAL = (
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 # Runs the program that its first argument names, with the constants of the second one changed.
-WITH_CONSTANTS = """
+LAUNCHER = """
 import ast, importlib, os.path, sys
 _, path, constants, *arguments = sys.argv
 sys.path.insert(0, os.path.dirname(path))
@@ -71,11 +71,14 @@ def eventually(what: Callable[[], Any], message: str = "", seconds: float = SECO
         time.sleep(0.01)  # between looks at another process, which cannot notify this one
 
 
-def command_of(program: str, constants: Mapping[str, object] | None = None) -> tuple[str, ...]:
-    """Return the command that runs ``SERVER`` or ``CLIENT``, with some of the module's constants changed."""
-    if constants is None:
+def command_of(program: str, constants: Mapping[str, object] | None = None, setup: str = "") -> tuple[str, ...]:
+    """Return the command that runs ``SERVER`` or ``CLIENT``.
+
+    ``constants`` stand in for its module's own, where a test cannot wait as long as they say; ``setup`` is run first.
+    """
+    if constants is None and not setup:
         return sys.executable, program
-    return sys.executable, "-c", WITH_CONSTANTS, program, repr(dict(constants))
+    return sys.executable, "-c", f"{setup}\n{LAUNCHER}", program, repr(dict(constants or {}))
 
 
 class TestCase(unittest.TestCase):
@@ -203,9 +206,13 @@ class Server(Program):
     """A server process on a free port; ready when this returns. Its connections are not lines to expect."""
 
     def __init__(
-        self, *options: str, prefix: tuple[str, ...] = (), constants: Mapping[str, object] | None = None
+        self,
+        *options: str,
+        prefix: tuple[str, ...] = (),
+        constants: Mapping[str, object] | None = None,
+        setup: str = "",
     ) -> None:
-        super().__init__(*command_of(SERVER, constants), "--port", "0", *options, prefix=prefix)
+        super().__init__(*command_of(SERVER, constants, setup), "--port", "0", *options, prefix=prefix)
         try:
             self.first_line = self.line()
             self.port = int(self.first_line.rpartition(":")[2])

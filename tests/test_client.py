@@ -383,7 +383,7 @@ class OtherServers(TestCase):
 class Terminals(SharedServerTestCase):
     """With GNU readline."""
 
-    options: tuple[str, ...] = ()
+    client_options: tuple[str, ...] = ()
     row_after_ctrl_c = ""
 
     def ends(self, terminal: Terminal, status: int, screen: str) -> None:
@@ -392,24 +392,24 @@ class Terminals(SharedServerTestCase):
         self.assertEqual(terminal.attributes(), terminal.before)
 
     def test_ctrl_d_leaves(self) -> None:
-        with in_terminal(self.server.port, *self.options) as terminal:
+        with in_terminal(self.server.port, *self.client_options) as terminal:
             terminal.type("\x04")
             self.ends(terminal, 0, f"{GREETING}\n{FAREWELL}\n")
 
     def test_ctrl_c(self) -> None:
-        with in_terminal(self.server.port, *self.options) as terminal:
+        with in_terminal(self.server.port, *self.client_options) as terminal:
             terminal.type("\x03")
             self.ends(terminal, 130, f"{GREETING}\n{self.row_after_ctrl_c}{FAREWELL}\n")
 
     def test_the_servers_end_ends_a_blocked_input(self) -> None:
-        with Server() as server, in_terminal(server.port, *self.options) as terminal:
+        with Server() as server, in_terminal(server.port, *self.client_options) as terminal:
             server.stop()
             self.assertEqual(terminal.wait(), 1)
             self.assertRegex(terminal.screen(), rf"^{GREETING}\nConnection lost: [^\n]+\n{FAREWELL}\n$")
             self.assertEqual(terminal.attributes(), terminal.before)
 
     def test_half_typed_text_is_not_left_for_the_shell(self) -> None:
-        with Server() as server, in_terminal(server.port, *self.options) as terminal:
+        with Server() as server, in_terminal(server.port, *self.client_options) as terminal:
             terminal.type("rm -rf x")
             terminal.wait_for("rm -rf x")
             server.stop()
@@ -419,7 +419,7 @@ class Terminals(SharedServerTestCase):
     def test_a_terminal_to_type_in_and_nothing_to_show_on(self) -> None:
         for closed in (">&-", "2>&-", ">&- 2>&-"):
             with self.subTest(closed=closed), self.server.peer() as ann:
-                arguments = ("sh", sys.executable, CLIENT, *self.options, LOOPBACK, str(self.server.port))
+                arguments = ("sh", sys.executable, CLIENT, *self.client_options, LOOPBACK, str(self.server.port))
                 with Terminal("/bin/sh", "-c", f'exec "$@" {closed}', *arguments) as terminal:
                     self.server.newcomer()
                     terminal.type("hello\nexit\n")
@@ -427,14 +427,14 @@ class Terminals(SharedServerTestCase):
                     self.assertEqual(terminal.wait(), 0)
 
     def test_bytes_that_are_no_text_arrive_as_replacements(self) -> None:
-        with self.server.peer() as ann, in_terminal(self.server.port, *self.options) as terminal:
+        with self.server.peer() as ann, in_terminal(self.server.port, *self.client_options) as terminal:
             terminal.type(b"a\xffb\n")
             self.assertTrue(ann.line().endswith("a\ufffdb".encode()))
             terminal.type("exit\n")
             self.assertEqual(terminal.wait(), 0)
 
     def test_blank_lines_are_not_sent(self) -> None:
-        with self.server.peer() as ann, in_terminal(self.server.port, *self.options) as terminal:
+        with self.server.peer() as ann, in_terminal(self.server.port, *self.client_options) as terminal:
             terminal.type("\n \t \nwords\n  exit \n")
             self.assertEqual(terminal.wait(), 0)
             self.assertTrue(ann.line().endswith(b":words"))
@@ -444,7 +444,7 @@ class Terminals(SharedServerTestCase):
 class PlainTerminals(Terminals):
     """Without: where the kernel echoes what is typed."""
 
-    options = ("--plain",)
+    client_options = ("--plain",)
     row_after_ctrl_c = "^C\n"
 
 

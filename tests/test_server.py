@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from tests.support import (
     Server,
     TestCase,
     as_heard,
+    command_of,
     eventually,
     free_port,
     numbered_lines,
@@ -175,17 +175,11 @@ class Ending(TestCase):
             for peer in crowd:
                 peer.close()
 
-    def scripted(self, script: str, *options: str) -> Program:
-        """Return a server program in which ``script`` has changed something first."""
-        start = f"import sys, mychatserver\n{script}\nsys.exit(mychatserver.main({['--port', '0', *options]}))"
-        with mock.patch.dict(os.environ, {"PYTHONPATH": str(pathlib.Path(SERVER).parent)}):
-            return Program(sys.executable, "-c", start)
-
     def test_ctrl_c_before_the_server_listens(self) -> None:
         interrupt = (
             "import signal, socket\nsocket.socket.listen = lambda *arguments: signal.raise_signal(signal.SIGINT)"
         )
-        with self.scripted(interrupt) as program:
+        with Program(*command_of(SERVER, setup=interrupt), "--port", "0") as program:
             self.assertEqual(program.wait(), 0)
             self.assertEqual((program.output, program.errors()), (b"", ""))
 
@@ -198,7 +192,7 @@ class Ending(TestCase):
             "    return real(host, *rest, **options)\n"
             "socket.getaddrinfo = getaddrinfo"
         )
-        with self.scripted(stuck, "--host", "0.0.0.0") as program:
+        with Program(*command_of(SERVER, setup=stuck), "--port", "0", "--host", "0.0.0.0") as program:
             port = int(program.line().rpartition(":")[2])
             with Peer(LOOPBACK, port) as ann:
                 program.expect(f"New connection from : {ann.address}")
@@ -213,7 +207,7 @@ class Ending(TestCase):
             "import socket\n"
             "socket.socket.accept = lambda sock: 1 / 0"
         )
-        with self.scripted(script) as program:
+        with Program(*command_of(SERVER, setup=script), "--port", "0") as program:
             port = int(program.line().rpartition(":")[2])
             with contextlib.suppress(ConnectionError):  # the server may be gone before the connection stands
                 Peer(LOOPBACK, port).close()
@@ -400,7 +394,7 @@ class Limits(TestCase):
     def test_no_more_threads(self) -> None:
         """A thread that cannot start is said once; its client is closed, and the others talk on."""
         script = (
-            "import sys, threading, mychatserver\n"
+            "import threading\n"
             "start, count = threading.Thread.start, 0\n"
             "def few(thread):\n"
             "    global count\n"
@@ -408,11 +402,9 @@ class Limits(TestCase):
             "    if count == 3:\n"
             '        raise RuntimeError("can\'t start new thread")\n'
             "    start(thread)\n"
-            "threading.Thread.start = few\n"
-            "sys.exit(mychatserver.main(['--port', '0']))\n"
+            "threading.Thread.start = few"
         )
-        environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(SERVER).parent)}
-        with mock.patch.dict(os.environ, environment), Program(sys.executable, "-c", script) as program:
+        with Program(*command_of(SERVER, setup=script), "--port", "0") as program:
             port = int(program.line().rpartition(":")[2])
             with Peer(LOOPBACK, port) as ann, Peer(LOOPBACK, port) as bob:
                 program.line(), program.line()

@@ -205,17 +205,6 @@ class TlsServer(Server):
         return TlsPeer(host, self.port, **options)
 
 
-def scripted(script: str, *command: str) -> tuple[str, ...]:
-    """Return the command of a program, this project's, in which ``script`` has changed something first."""
-    program, *arguments = command
-    module = pathlib.Path(program).stem
-    where = str(pathlib.Path(program).parent)
-    start = (
-        f"import sys\nsys.path.insert(0, {where!r})\n{script}\nimport {module}\nsys.exit({module}.main({arguments}))"
-    )
-    return sys.executable, "-c", start
-
-
 def client(port: int, *options: str, host: str = LOOPBACK) -> Program:
     """Return a client in pipes."""
     return Program(sys.executable, CLIENT, *options, host, str(port), keep_input=True)
@@ -279,15 +268,14 @@ class Certificates(TestCase):
 
     def test_a_python_without_ssl(self) -> None:
         """Has one sentence for who wants TLS, and needs none for who does not."""
-        script = "sys.modules['ssl'] = None"
-        for options in ((SERVER, "--port", "0", "--tls-cert", pem("good")), (CLIENT, "--tls")):
-            with Program(*scripted(script, *options)) as program:
+        without = "import sys; sys.modules['ssl'] = None"
+        for program_file, *options in ((SERVER, "--port", "0", "--tls-cert", pem("good")), (CLIENT, "--tls")):
+            with Program(*command_of(program_file, setup=without), *options) as program:
                 self.assertEqual(program.wait(), 1)
                 self.assertRegex(program.errors(), r"^This Python has no ssl module, so no TLS: [^\n]*\n$")
-        with Program(*scripted(script, SERVER, "--port", "0")) as program:
-            port = int(program.line().rpartition(":")[2])
-            with Program(*scripted(script, CLIENT, LOOPBACK, str(port))) as other:
-                self.assertEqual(other.wait(), 0)
+        joining = command_of(CLIENT, setup=without)
+        with Server(setup=without) as server, Program(*joining, LOOPBACK, str(server.port)) as program:
+            self.assertEqual(program.wait(), 0)
 
     def test_without_tls_the_library_is_not_loaded(self) -> None:
         for module in ("mychatserver", "mychatclient"):
