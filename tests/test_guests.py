@@ -268,7 +268,7 @@ class Passwords(Guests):
         peers[0].say("wrong")
         begun = time.monotonic()
         self.assertEqual(server.stop(), 0)
-        self.assertLess(time.monotonic() - begun, 10)
+        self.assertLess(time.monotonic() - begun, 25)
 
     def test_the_password_of_file_or_environment_and_what_is_wrong_with_it(self) -> None:
         empty, directory = self.folder / "empty", self.folder / "directory"
@@ -539,7 +539,7 @@ class Rates(Guests):
             bob.expect(f"{ann.label}:x")
         begun = time.monotonic()
         self.assertEqual(server.stop(), 0)
-        self.assertLess(time.monotonic() - begun, 10)
+        self.assertLess(time.monotonic() - begun, 25)
 
     def test_a_pace_over_time(self) -> None:
         """However lines are cut into blocks, in each stretch of time no more are said than burst and rate allow."""

@@ -250,13 +250,13 @@ class Rude(People):
             for number in range(10):
                 background.run(flood, number, stack.enter_context(self.server.peer()))
             begun = time.monotonic()
-            for number in range(20):
+            for number in range(40):
                 self.ann.say(str(number))
                 self.bob.wait_for(self.ann.label, str(number))
             took = time.monotonic() - begun
             stop.set()
             background.join()
-        self.assertLess(took, 10)  # 0.1 in truth; 20 to 40 if each command kept the others from running
+        self.assertLess(took, 40)  # 0.2 in truth; 40 to 80 if each command kept the others from running
 
     def test_many_renames_are_relayed_together(self) -> None:
         """A typist among fifty that change their names all the time is heard, and a stop takes no time."""

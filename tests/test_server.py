@@ -280,10 +280,7 @@ class Output(TestCase):
             "sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, SERVER, "--port", str(port)
         ) as program:
             with peer_when_listening(port) as ann, Peer(LOOPBACK, port) as bob:
-                with Peer(LOOPBACK, port) as cid:
-                    cid.say("hello")
-                    bob.expect(f"{cid.label}:hello")
-                ann.expect(f"{cid.label}:hello")
+                eventually(lambda: self.hears(ann, bob))
                 bob.say("bye")
                 ann.expect(f"{bob.label}:bye")
                 program.process.send_signal(signal.SIGTERM)
