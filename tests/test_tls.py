@@ -480,22 +480,6 @@ class Handshakes(TestCase):
                     cid.say("fence")
                     ann.expect(f"{cid.label}:fence")
 
-    @needs_command("openssl", "openssl")
-    def test_who_has_tls_answer_more_than_it_may_is_let_go(self) -> None:
-        """Such as that it does not renegotiate."""
-        with TlsServer("--quiet", constants={"TLS_OUTPUT_BYTES": 10}) as server, server.peer() as ann:
-            with Program(
-                "openssl", "s_client", "-connect", f"{LOOPBACK}:{server.port}", "-tls1_2", keep_input=True
-            ) as program:
-                label = server.line().rpartition(" ")[2].rstrip(")")
-                program.send(b"hello\n")
-                ann.expect(f"{label}:hello")
-                program.send(b"R\n")
-                server.expect("Connection closed")
-            with server.peer() as bob:
-                bob.say("still here")
-                ann.expect(f"{bob.label}:still here")
-
     def test_who_sends_much_without_any_text_in_it_is_let_go(self) -> None:
         """Half of a record counts alike."""
         with TlsServer(constants={"TLS_SILENT_BYTES": 1_000}) as server, server.peer() as bob:
