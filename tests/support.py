@@ -24,7 +24,7 @@ import threading
 import time
 import unittest
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import mychatserver
@@ -49,6 +49,15 @@ for name, value in json.loads(sys.argv.pop(1)).items():
         sys.exit(f"mychatserver has no constant {name}")
     setattr(mychatserver, name, value)
 sys.exit(mychatserver.main())
+"""
+# For Server's ``setup``: what it accepts takes a few KB at once, not megabytes, so that little makes a backlog.
+SMALL_BUFFERS = """
+import socket
+listen = socket.socket.listen
+def listen_small(sock, *queue):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # those that are accepted have it from here
+    listen(sock, *queue)
+socket.socket.listen = listen_small
 """
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
@@ -180,7 +189,7 @@ class Program:
 class Server(Program):
     """A server process on a free port; ready when this returns. Its connections are not lines to expect.
 
-    ``constants`` stand in for those of its module, where a test cannot wait as long as they say; ``setup`` is run first.
+    ``constants`` stand in for its module's own, where a test cannot wait as long as they say; ``setup`` is run first.
     """
 
     def __init__(
@@ -513,9 +522,17 @@ class Listener:
         finally:
             self.done.set()
 
+    def wait_for(self, count: int) -> None:
+        """Wait until so many bytes have come."""
+        eventually(lambda: self.count >= count, f"{count} bytes do not come", SECONDS * 2)
+
+    def digest(self) -> bytes:
+        """Return the digest of what has come so far."""
+        return self._digest.digest()
+
     def check(self, expected: bytes) -> None:
         """Fail unless exactly these bytes came."""
-        if self.count != len(expected) or self._digest.digest() != hashlib.sha256(expected).digest():
+        if self.count != len(expected) or self.digest() != hashlib.sha256(expected).digest():
             raise AssertionError(f"{self.count} bytes of {len(expected)}, or not the same")
 
 
@@ -583,7 +600,8 @@ def heard_line_by_line(test: TestCase, peers: list[Peer], background: Background
 
 
 # For what takes long and is the same on every Python: .ci/run has it run on one of them.
-once = unittest.skipIf("MYCHAT_SHORT" in os.environ, "needs time: MYCHAT_SHORT leaves it out")
+LONG = "MYCHAT_LONG" in os.environ
+once = unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest")
 
 
 # Below those that systems give to who connects, or one could be taken before a server comes, or comes back.
@@ -599,30 +617,35 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-class Quiet:
-    """A console that shows nothing."""
+# --- Parts of the server without a server: the one place that says how they are made ----------------------------------
+
+
+class Console:
+    """A console that shows nothing. While it is held, whoever relays stays in the middle of a round."""
+
+    def __init__(self) -> None:
+        self.given: list[bytes] = []  # in each round
+        self.free = threading.Event()
+        self.free.set()
+
+    def give(self, pieces: Sequence[memoryview]) -> int:
+        self.given.append(b"".join(pieces))
+        assert self.free.wait(SECONDS)
+        return 0
 
     def say(self, text: str) -> None:
         pass
 
 
-class Connection(mychatserver.Client):
-    """A client whose connection takes as many bytes as the test says."""
+def new_framer() -> mychatserver.Framer:
+    return mychatserver.Framer()
 
-    def __init__(self, port: int = 1, takes: int = 1 << 30) -> None:
-        self.sock = mock.Mock()
-        super().__init__(self.sock, (LOOPBACK, port), self._ask)
-        self.takes = takes
-        self.heard = b""
-        self.sent: list[int] = []  # pieces in each send
-        self.asked = 0  # times that the server thread was asked to send
 
-    def _ask(self, _: mychatserver.Client) -> None:
-        self.asked += 1
+def new_room(console: Console) -> mychatserver.Room:
+    return mychatserver.Room(cast(Any, console))
 
-    def _send(self, pieces: Sequence[memoryview]) -> int:
-        self.sent.append(len(pieces))
-        data = b"".join(pieces)[: self.takes]
-        self.takes -= len(data)
-        self.heard += data
-        return len(data)
+
+def new_client(port: int = 1) -> tuple[mychatserver.Client, socket.socket]:
+    """Return a client, not in any room, and its peer's end of the connection."""
+    sock, peer = socket.socketpair()
+    return mychatserver.Client(sock, (LOOPBACK, port), lambda _: None), peer
