@@ -24,7 +24,7 @@ import threading
 import time
 import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import mychatserver
@@ -39,6 +39,15 @@ LOOPBACK = "127.0.0.1"
 TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
+# For Server's ``setup``: what it accepts takes a few KB at once, not megabytes, so that little makes a backlog.
+SMALL_BUFFERS = """
+import socket
+listen = socket.socket.listen
+def listen_small(sock, *queue):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # those that are accepted have it from here
+    listen(sock, *queue)
+socket.socket.listen = listen_small
+"""
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 # Runs the program that its first argument names, with the constants of the second one changed.
@@ -203,7 +212,10 @@ class Program:
 
 
 class Server(Program):
-    """A server process on a free port; ready when this returns. Its connections are not lines to expect."""
+    """A server process on a free port; ready when this returns. Its connections are not lines to expect.
+
+    ``constants`` stand in for its module's own, where a test cannot wait as long as they say; ``setup`` is run first.
+    """
 
     def __init__(
         self,
@@ -570,9 +582,17 @@ class Listener:
         finally:
             self.done.set()
 
+    def wait_for(self, count: int) -> None:
+        """Wait until so many bytes have come."""
+        eventually(lambda: self.count >= count, f"{count} bytes do not come", SECONDS * 2)
+
+    def digest(self) -> bytes:
+        """Return the digest of what has come so far."""
+        return self._digest.digest()
+
     def check(self, expected: bytes) -> None:
         """Fail unless exactly these bytes came."""
-        if self.count != len(expected) or self._digest.digest() != hashlib.sha256(expected).digest():
+        if self.count != len(expected) or self.digest() != hashlib.sha256(expected).digest():
             raise AssertionError(f"{self.count} bytes of {len(expected)}, or not the same")
 
 
@@ -669,30 +689,35 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-class Quiet:
-    """A console that shows nothing."""
+# --- Parts of the server without a server: the one place that says how they are made ----------------------------------
+
+
+class Console:
+    """A console that shows nothing. While it is held, whoever relays stays in the middle of a round."""
+
+    def __init__(self) -> None:
+        self.given: list[bytes] = []  # in each round
+        self.free = threading.Event()
+        self.free.set()
+
+    def give(self, pieces: Sequence[memoryview]) -> int:
+        self.given.append(b"".join(pieces))
+        assert self.free.wait(SECONDS)
+        return 0
 
     def say(self, text: str) -> None:
         pass
 
 
-class Connection(mychatserver.Client):
-    """A client whose connection takes as many bytes as the test says."""
+def new_framer() -> mychatserver.Framer:
+    return mychatserver.Framer()
 
-    def __init__(self, port: int = 1, takes: int = 1 << 30) -> None:
-        self.sock = mock.Mock()
-        super().__init__(self.sock, (LOOPBACK, port), self._ask)
-        self.takes = takes
-        self.heard = b""
-        self.sent: list[int] = []  # pieces in each send
-        self.asked = 0  # times that the server thread was asked to send
 
-    def _ask(self, _: mychatserver.Client) -> None:
-        self.asked += 1
+def new_room(console: Console) -> mychatserver.Room:
+    return mychatserver.Room(cast(Any, console))
 
-    def _send(self, pieces: Sequence[memoryview]) -> int:
-        self.sent.append(len(pieces))
-        data = b"".join(pieces)[: self.takes]
-        self.takes -= len(data)
-        self.heard += data
-        return len(data)
+
+def new_client(port: int = 1) -> tuple[mychatserver.Client, socket.socket]:
+    """Return a client, not in any room, and its peer's end of the connection."""
+    sock, peer = socket.socketpair()
+    return mychatserver.Client(sock, (LOOPBACK, port), lambda _: None), peer

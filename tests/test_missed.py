@@ -14,14 +14,35 @@ import sys
 import tempfile
 import time
 import unittest
-from unittest import mock
 
-import mychatserver
-from mychatserver import HISTORY_BYTES, Batch, History
-from tests.support import SERVER, Background, Connection, Peer, Program, Server, TestCase, eventually, numbered_lines
+from mychatserver import HISTORY_BYTES
+from tests.support import (
+    LONG,
+    SERVER,
+    SMALL_BUFFERS,
+    Background,
+    Peer,
+    Program,
+    Server,
+    TestCase,
+    eventually,
+    numbered_lines,
+)
 
 LIVE = "* live from here"
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ")
+
+
+def told(peer: Peer) -> list[str]:
+    """Return the lines that a newcomer is told, without the times between them; fail unless the heading counts them."""
+    heading = re.fullmatch(rb"\* the last (?:line|(\d+) lines):", peer.line())
+    assert heading
+    lines: list[str] = []
+    while (line := peer.line().decode()) != LIVE:
+        if not re.fullmatch(r"\* \d\d:\d\d", line):
+            lines.append(line)
+    assert len(lines) == int(heading[1] or 1)
+    return lines
 
 
 class HistoryTests(TestCase):
@@ -30,31 +51,19 @@ class HistoryTests(TestCase):
             ann.send("".join(f"{number}\n" for number in range(1)))
             server.expect(f"{ann.label}:0")
             with server.peer() as bob:
-                bob.expect("* the last line:", f"{ann.label}:0", LIVE)
+                self.assertEqual(told(bob), [f"{ann.label}:0"])
                 bob.say("Hi!")
                 ann.expect(f"{bob.label}:Hi!")
                 server.expect(f"{bob.label}:Hi!")
                 with server.peer() as carol:
-                    carol.expect("* the last 2 lines:", f"{ann.label}:0", f"{bob.label}:Hi!", LIVE)
+                    self.assertEqual(told(carol), [f"{ann.label}:0", f"{bob.label}:Hi!"])
                     ann.send("/nick ann\n1\n2\n")  # no notice is told again
                     carol.expect(f"* {ann.label} is now ann", "ann:1", "ann:2")
                     server.expect(f"* {ann.label} is now ann", "ann:1", "ann:2")
                     with server.peer() as dave:
-                        dave.expect("* the last 3 lines:", f"{bob.label}:Hi!", "ann:1", "ann:2", LIVE)
+                        self.assertEqual(told(dave), [f"{bob.label}:Hi!", "ann:1", "ann:2"])
                         ann.say("3")
                         dave.expect("ann:3")
-
-    def test_notices_of_people_on_other_servers_are_no_lines(self) -> None:
-        history, link = mychatserver.History(3), Connection()
-        for lines in (
-            b"ann@oslo:1\n* bob@oslo joined\n",
-            b"* bob@oslo left\n",
-            b"* ann@oslo is now al@oslo\nal@oslo:2\n",
-        ):
-            history.add(mychatserver.Batch([(link, lines)]))
-            told = b"".join(history.told())
-        self.assertEqual(told, b"* the last 2 lines:\nann@oslo:1\nal@oslo:2\n* live from here\n")
-        self.assertEqual(history._bytes, len(b"ann@oslo:1\nal@oslo:2\n"))
 
     def test_there_is_none_unless_asked_for_nor_before_anything_was_said(self) -> None:
         for options in ((), ("--history", "9")):
@@ -71,130 +80,59 @@ class HistoryTests(TestCase):
             ann.say("0")
             server.expect(f"{ann.label}:0")
             with server.peer() as bob:
-                heading = (f"* 2 here: {ann.label}, {bob.label} (you)", "* the last line:")
-                bob.expect(*heading, f"{ann.label}:0", LIVE)
-
-    def test_no_gap_and_no_double_between_history_and_live(self) -> None:
-        """Twenty talk while fifty join: each hears, from the first line it is told on, what one who was there heard."""
-        with Server("--history", "500", "--quiet") as server, server.peer() as witness:
-            background = Background()
-            talkers = [server.peer() for _ in range(20)]
-            heard: list[bytes] = []
-
-            def talk(number: int, peer: Peer) -> None:
-                for line in range(200):
-                    peer.say(f"{number}.{line}")
-                    time.sleep(0.002)  # while others join
-
-            def listen(peer: Peer) -> None:
-                peer.half_close()
-                listening.append(peer)
-
-            listening: list[Peer] = []
-            with contextlib.ExitStack() as stack:
-                for number, peer in enumerate(talkers):
-                    stack.enter_context(peer)
-                    background.run(talk, number, peer)
-                joined = []
-                for _ in range(50):
-                    joined.append(stack.enter_context(server.peer()))
-                    witness.line()
-                background.join()
-                witness.say("end")
-                for peer in joined:
-                    lines: list[bytes] = []
-                    while not lines or not lines[-1].endswith(b":end"):
-                        lines.append(peer.line())
-                    joined_lines = [line for line in lines if not line.startswith(b"* ")]
-                    if lines[0].startswith(b"* the last"):
-                        self.assertLessEqual(lines.index(LIVE.encode()), 501)
-                    heard = joined_lines if len(joined_lines) > len(heard) else heard
-                    stack.callback(self.assertEqual, joined_lines, heard[-len(joined_lines) :])
-                for peer in joined[1:]:
-                    self.assertTrue(peer)
-                # The first to join has the longest: all others have a tail of it.
-                self.assertGreater(len(heard), 1_000)
+                bob.expect(f"* 2 here: {ann.label}, {bob.label} (you)")
+                self.assertEqual(told(bob), [f"{ann.label}:0"])
 
     def test_a_pour_goes_on_with_a_long_history(self) -> None:
-        lines = numbered_lines(400_000)
-        with Server("--history", "100000", "--quiet") as server, server.peer() as ann, server.peer() as bob:
-            background = Background()
+        """And what is kept of it is bounded by bytes, too."""
+        lines = numbered_lines(800_000)
+        with Server("--history", "1000000", "--quiet") as server, server.peer() as ann, server.peer() as bob:
+            background, before = Background(), server.memory()
             background.run(ann.send, lines)
             label = f"{ann.label}:".encode()
             got = b""
             count = 0
-            while count < 400_000:
+            while count < 800_000:
                 got = bob.socket.recv(1 << 20)
                 count += got.count(b"\n")
             background.join()
+            self.assertLess(server.memory() - before, 40_000_000)
             with server.peer() as late:
-                heading = late.line()
-                found = re.fullmatch(rb"\* the last (\d+) lines:", heading)
-                assert found
-                number = int(found[1])
+                lines_told = told(late)
+                number = len(lines_told)
                 self.assertLess(number * (len(label) + 100), HISTORY_BYTES + 1)
                 self.assertGreater((number + 1) * (len(label) + 100), HISTORY_BYTES)
-                told = [late.line() for _ in range(number)]
-                self.assertEqual(told, [label + line for line in lines.split(b"\n")[-number - 1 : -1]])
-                late.expect(LIVE)
+                self.assertEqual(lines_told, [(label + line).decode() for line in lines.split(b"\n")[-number - 1 : -1]])
 
     def test_newcomers_share_what_they_are_told(self) -> None:
-        """In one block and in many, while somebody says more between them."""
-        history = History(100_000)
-        client = mock.Mock(label="ann")
-        said = b""
-        for number in range(300):
-            lines = f"{number}\n".encode() * 2_000
-            said += lines
-            history.add(Batch([(client, lines)]))
-            first, second = history.told(), history.told()
-            self.assertLess(len(first), 40)
-            self.assertEqual(history._bytes, sum(len(block) for block, _ in history._blocks))
-            self.assertTrue(all(a.obj is b.obj for a, b in zip(first[1:-1], second[1:-1])))
-            text = b"".join(first[1:-1])
-            self.assertTrue(said.endswith(text))
-            expected = min(said.count(b"\n"), 100_000)
-            self.assertTrue(text.count(b"\n") == expected or len(text) > HISTORY_BYTES - 10)
-            self.assertIn(str(text.count(b"\n")).encode(), bytes(first[0]))
-
-    def test_renames_alone_are_not_kept(self) -> None:
-        history = History(3)
-        for _ in range(1_000):
-            history.add(Batch([(None, b"* 1 is now a\n")]))
-        self.assertEqual((len(history._blocks), history.told()), (0, []))
-
-    def test_what_is_kept_is_bounded(self) -> None:
-        """By lines and by bytes, whatever the batches are, however often it is told."""
-        for size, lines, told in ((100, 3, 3), (1, 100_000, 100_000), (300_000, 3, 3), (300_000, 9, 3)):
-            for asks in (1, 2):
-                history = History(lines)
-                client = mock.Mock(label="ann")
-                for number in range(200_000 if size == 1 else 20):
-                    history.add(Batch([(client, (f"{number}".encode().ljust(size - 1, b".") + b"\n")[-size - 9 :])]))
-                self.assertLess(history._bytes, 2 * HISTORY_BYTES)
-                for _ in range(asks):
-                    text = b"".join(history.told())
-                    self.assertLess(len(history.told()), 40)
-                self.assertEqual(text.count(b"\n") - 2, told)
-                self.assertTrue(text.endswith(b"\n* live from here\n"))
-                self.assertLessEqual(history._bytes, HISTORY_BYTES)
-                self.assertEqual(history._bytes, sum(len(block) for block, _ in history._blocks))
+        """A hundred that do not read it cost little more than one."""
+        with Server("--history", "100000", "--quiet", setup=SMALL_BUFFERS) as server, server.peer() as ann:
+            with server.peer() as bob:
+                for _ in range(100):  # as in a conversation, not in one pour
+                    ann.send(b"x" * 99 + b"\n" + b"y" * 9_999 + b"\n")
+                    bob.line()
+                    bob.line()
+            with server.peer() as bob, contextlib.ExitStack() as stack:
+                self.assertEqual(len(told(bob)), 200)
+                before = server.memory()
+                for _ in range(100):
+                    stack.enter_context(server.peer(receive_buffer=4_096))
+                self.assertLess(server.memory() - before, 30_000_000)
 
     def test_as_many_whole_lines_are_told_as_the_bytes_hold(self) -> None:
-        """Of one block, and of two, the first of which is left out as a whole: the count is right then, too."""
-        client = mock.Mock(label="ann")
-        for blocks, told in (
-            ([b"aaaa\n" * 4], b"* the last 2 lines:\naaaa\naaaa\n"),
-            ([b"aaaaa\nbbbb\n"], b"* the last line:\nbbbb\n"),
-            ([b"aaaa\n", b"bbbb\ncc\n"], b"* the last 2 lines:\nbbbb\ncc\n"),
-        ):
-            with mock.patch.multiple(mychatserver, HISTORY_BYTES=10, HISTORY_BLOCK_BYTES=1):
-                history = History(9)
-                for block in blocks:
-                    history.add(Batch([(client, block)]))
-                    history.told()
-                for _ in range(2):
-                    self.assertEqual(b"".join(history.told()), told + b"* live from here\n")
+        """However they were said: one by one, and many at once."""
+        for lines_at_once in (1, 7):
+            with Server("--history", "100", "--quiet") as server, server.peer() as ann, server.peer() as bob:
+                lines = [f"{ann.label}:{number}".ljust(52_399, ".") for number in range(28)]
+                for first in range(0, 28, lines_at_once):
+                    some = lines[first : first + lines_at_once]
+                    ann.send("".join(line.partition(":")[2] + "\n" for line in some))
+                    bob.expect(*some)
+                    if first % 3 == 0:  # whether it is told meanwhile, too
+                        with server.peer() as carol:
+                            told(carol)
+                with server.peer() as carol:
+                    self.assertEqual(told(carol), lines[-(HISTORY_BYTES // 52_400) :])
 
 
 class LogTests(TestCase):
@@ -240,7 +178,10 @@ class LogTests(TestCase):
 
     def test_a_log_is_continued(self) -> None:
         for _ in range(2):
-            with Server("--log", str(self.path)) as server, server.peer():
+            with Server("--log", str(self.path)) as server:
+                with server.peer():
+                    pass
+                server.expect("Connection closed")
                 self.assertEqual(server.stop(), 0)
         self.assertEqual([line.split(" ")[2] for line in self.lines()], ["joined", "left"] * 2)
 
@@ -254,7 +195,7 @@ class LogTests(TestCase):
         """At two thousand lines a second, each is in one file or the other."""
         with Server("--log", str(self.path), "--quiet") as server, server.peer() as ann:
             files = []
-            for number in range(20):
+            for number in range(20 if LONG else 6):
                 for part in range(20):
                     ann.send("".join(f"{number * 200 + part * 10 + i}\n" for i in range(10)))
                     time.sleep(0.005)  # the pace is what is tested
@@ -268,7 +209,7 @@ class LogTests(TestCase):
             self.assertEqual(server.stop(), 0)
             text = "".join(file.read_text() for file in [*files, self.path] if file.exists())
             said = [line.partition(f"{ann.label}:")[2] for line in text.splitlines() if f" {ann.label}:" in line]
-            self.assertEqual(said, [*(str(number) for number in range(4_000)), "end"])
+            self.assertEqual(said, [*(str(number) for number in range(200 * len(files))), "end"])
 
     def test_a_folder_that_vanishes_and_comes_back(self) -> None:
         folder = self.path.parent / "logs"
@@ -309,6 +250,8 @@ class LogTests(TestCase):
             for number in range(5):
                 ann.say(str(number))
                 bob.expect(f"{ann.label}:{number}")
+            for peer in (ann, bob):
+                peer.close()
             self.assertEqual(server.stop(), 0)
             self.assertEqual(server.errors().count("\n"), 1)
 

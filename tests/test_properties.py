@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
+import re
 import socket
-import threading
 import unicodedata
 import unittest
 from collections.abc import Iterable
-from typing import Any, Generic, Protocol, TypeVar, cast
 from unittest import mock
 
 try:
@@ -21,12 +18,17 @@ except ImportError:
 
 import mychatclient
 import mychatserver
-from mychatserver import Framer, abroad, admitted, clean, folded, labelled, name_problem, spoken
-from tests.support import LOOPBACK, Connection, Peer, Quiet, Server
+from mychatserver import abroad, admitted, clean, folded, labelled, name_problem, spoken
+from tests.support import LONG, LOOPBACK, Peer, Server, new_framer
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
 settings.register_profile(
-    "mychat", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None, print_blob=True
+    "mychat",
+    max_examples=500 if LONG else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    database=None,
+    print_blob=True,
 )
 settings.load_profile("mychat")
 
@@ -57,7 +59,7 @@ def cut(stream: bytes, cuts: list[int]) -> list[bytes]:
 class Lines(unittest.TestCase):
     @given(STREAMS, st.lists(st.integers(0, 1_000)))
     def test_however_bytes_are_cut_the_same_lines_come(self, stream: bytes, cuts: list[int]) -> None:
-        framer = Framer()
+        framer = new_framer()
         blocks = [framer.feed(piece)[0] for piece in cut(stream, cuts)]
         self.assertEqual(b"".join(blocks) + framer.rest(), b"".join(line + b"\n" for line in reference_lines(stream)))
 
@@ -66,7 +68,7 @@ class Lines(unittest.TestCase):
         self, stream: bytes, cuts: list[int], limit: int
     ) -> None:
         with mock.patch.object(mychatserver, "MAX_LINE_BYTES", limit):
-            framer = Framer()
+            framer = new_framer()
             fed = [
                 framer.feed(part) for piece in cut(stream, cuts) for part in cut(piece, [*range(0, len(piece), limit)])
             ]
@@ -189,34 +191,6 @@ class Discovery(unittest.TestCase):
 
 class OtherServers(unittest.TestCase):
     @given(
-        st.lists(st.binary(max_size=9) | STREAMS | st.sampled_from(["PING", "PONG", "+OK", "INFO {}"])),
-        st.lists(st.integers(0, 1_000)),
-    )
-    def test_however_the_bytes_are_cut_nats_says_the_same(self, said: list[bytes | str], cuts: list[int]) -> None:
-        frames = [
-            b"MSG a.%d 1 %d\r\n%s\r\n" % (number, len(words), words)
-            if isinstance(words, bytes)
-            else f"{words}\r\n".encode()
-            for number, words in enumerate(said)
-        ]
-        nats = mychatserver.Nats.__new__(mychatserver.Nats)  # without a connection
-        nats._input, nats._pongs, nats._changed = bytearray(), 0, threading.Condition()
-        nats._unconfirmed = collections.deque((number, 1) for number in range(1, 10))
-        with (
-            mock.patch.object(nats, "_received", side_effect=cut(b"".join(frames), cuts)),
-            mock.patch.object(nats, "send") as answers,
-        ):
-            taken = [nats.take() for _ in frames]
-        messages = [
-            (b"a.%d" % number, words) if isinstance(words, bytes) else None for number, words in enumerate(said)
-        ]
-        self.assertEqual(taken, messages)
-        self.assertEqual(
-            (nats._pongs, answers.mock_calls), (said.count("PONG"), [mock.call(b"PONG\r\n")] * said.count("PING"))
-        )
-        self.assertEqual(len(nats._unconfirmed), max(0, 9 - said.count("PONG")))
-
-    @given(
         st.lists(
             st.tuples(
                 st.sampled_from([b"a@p:", b"b@q:", b"a@a@p:", b"a b@p:", b"* a@p ", b"* a@q ", b"*", b""]),
@@ -245,67 +219,83 @@ class OtherServers(unittest.TestCase):
 
 
 PEOPLE = st.integers(0, 9)
+WHO_SHOWN = 4
+TIME = re.compile(rb"\* \d\d:\d\d")  # told with history
 WORDS = st.sampled_from(["ann", "Ann", "bob", "Zoë", "zoë", "1a", "you", "x" * 25, "a b", "nobody", "54358"])
 
 
-class Person(Protocol):
-    label: str
+class Room(RuleBasedStateMachine):
+    """A server beside plain Python: one list of those who are here, and what each of them is to have heard.
 
+    The first who is here only listens: what this one has heard is out. The others read when they do. All examples have
+    the same server, one after the other: what was said in one is history in the next.
+    """
 
-Somebody = TypeVar("Somebody", bound=Person)
-
-
-class Model(RuleBasedStateMachine, Generic[Somebody]):
-    """A room beside plain Python: one list of those who are here, and what each of them is to have heard."""
+    server: Server
+    said: list[str] = []  # by anybody, to all, since the server started
 
     def __init__(self) -> None:
         super().__init__()
-        self.here: list[Somebody] = []
-        self.expected: dict[Somebody, str] = {}
-        self.said: list[str] = []  # by anybody, to all
-        self.wrote: dict[Somebody, Somebody] = {}  # to each, privately, last
+        self.here: list[Peer] = []
+        self.expected: dict[Peer, str] = {}
+        self.wrote: dict[Peer, Peer] = {}  # to each, privately, last
+        self.connected: list[Peer] = []  # all who have come
+        self.last: Peer | None = None  # who has typed something
+        self.join()
 
-    # What the two rooms below do each in its way
+    def teardown(self) -> None:
+        for peer in self.here:
+            self.read(peer)
+        for peer in self.connected:
+            peer.close()
+        closed = 0
+        while closed < len(self.connected):  # the next example begins in an empty room
+            closed += self.server.line() == "Connection closed"
 
-    def enter(self, port: int, takes: int) -> Somebody:
-        raise NotImplementedError
+    def type(self, client: Peer, text: str) -> None:
+        client.send(f"{text}/x\n")
+        self.last = client
 
-    def go(self, client: Somebody, way: str) -> None:
-        raise NotImplementedError
+    def read(self, peer: Peer) -> None:
+        """Have a peer read all that it is to have heard, whatever the time it was said at."""
+        for expected in self.expected[peer].split("\n")[:-1]:
+            while TIME.fullmatch(line := peer.line()):
+                pass
+            assert line.decode() == expected, (line, expected)
+        self.expected[peer] = ""
 
-    def type(self, client: Somebody, text: str) -> None:
-        raise NotImplementedError
+    @invariant()
+    def all_that_was_done_is_out(self) -> None:
+        if self.last:
+            self.tell([self.last], "* unknown command '/x': /help lists them, // sends a line that starts with /")
+            self.read(self.last)
+            self.last = None
+        self.read(self.here[0])
+        self.read(self.here[-1])  # it may have just come
 
-    def may_go(self) -> list[Somebody]:
-        return self.here
-
-    def may_speak(self) -> list[Somebody]:
-        return self.here
-
-    # What both are to do
-
-    def speaker(self, number: int) -> Somebody | None:
-        able = self.may_speak()
+    def speaker(self, number: int) -> Peer | None:
+        able = self.here[1:]
         return able[number % len(able)] if able else None
 
-    def tell(self, clients: Iterable[Somebody], *lines: str) -> None:
+    def tell(self, clients: Iterable[Peer], *lines: str) -> None:
         for client in clients:
             self.expected[client] += "".join(f"{line}\n" for line in lines)
 
-    def others(self, client: Somebody) -> list[Somebody]:
+    def others(self, client: Peer) -> list[Peer]:
         return [other for other in self.here if other is not client]
 
-    def who(self, client: Somebody) -> str:
-        shown = self.here[: mychatserver.WHO_SHOWN]
+    def who(self, client: Peer) -> str:
+        shown = self.here[:WHO_SHOWN]
         if client not in shown:
             shown[-1] = client
         names = (other.label + (" (you)" if other is client else "") for other in shown)
         more = f", and {len(self.here) - len(shown)} more" if len(self.here) > len(shown) else ""
         return f"* {len(self.here)} here: {', '.join(names)}{more}"
 
-    @rule(port=st.sampled_from([54_358, 54_383, 1]), takes=st.sampled_from([0, 30, 1 << 30]))
-    def join(self, port: int, takes: int) -> None:
-        client = self.enter(port, takes)
+    @rule()
+    def join(self) -> None:
+        client = Peer(LOOPBACK, self.server.port)
+        self.connected.append(client)
         self.here.append(client)
         last = self.said[-5:]
         heading = [f"* the last {len(last)} lines:" if len(last) > 1 else "* the last line:"] if last else []
@@ -315,15 +305,21 @@ class Model(RuleBasedStateMachine, Generic[Somebody]):
 
     @rule(number=PEOPLE, way=st.sampled_from(["exit", "close", "reset"]))
     def leave(self, number: int, way: str) -> None:
-        able = self.may_go()
-        if able:
-            self.take_out(able[number % len(able)], way)
+        client = self.speaker(number)
+        if client:
+            if way == "exit":
+                client.send("exit\nnot said\n")
+            elif way == "reset":
+                client.reset()
+            else:
+                client.close()
+            self.here.remove(client)
+            del self.expected[client]
+            self.tell(self.here, f"* {client.label} left")
 
-    def take_out(self, client: Somebody, way: str) -> None:
-        self.go(client, way)
-        self.here.remove(client)
-        del self.expected[client]
-        self.tell(self.here, f"* {client.label} left")
+    @rule(number=PEOPLE)
+    def take(self, number: int) -> None:
+        self.read(self.here[number % len(self.here)])
 
     @rule(number=PEOPLE, lines=st.lists(st.sampled_from(["Hi!", "a" * 40, "* x", "ann:no"]), min_size=1, max_size=4))
     def say(self, number: int, lines: list[str]) -> None:
@@ -385,136 +381,14 @@ class Model(RuleBasedStateMachine, Generic[Somebody]):
             self.tell([client], self.who(client))
 
 
-class InMemory(Model[Connection]):
-    """A room without sockets, in which some are slow, late, and let go.
-
-    One thread does in turn what the handlers do, so that it is known what comes next. A late client is not read: it
-    says nothing here.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.small = mock.patch.multiple(mychatserver, LATE_BYTES=200, ON_TIME_BYTES=100, FLUSH_BYTES=50, WHO_SHOWN=4)
-        self.small.start()
-        self.room = mychatserver.Room(cast(Any, Quiet()), quiet=True, announce=True, history=5)
-        self.room._wait_on_time = lambda client: None  # type: ignore[method-assign]  # in which nobody else would run
-
-    def teardown(self) -> None:
-        self.small.stop()
-
-    def enter(self, port: int, takes: int) -> Connection:
-        client = Connection(port, takes)
-        self.room.join(client)
-        labels = {other.label for other in self.here}
-        assert client.label == next(
-            label for label in (str(port), *(f"{port}-{n}" for n in range(2, 99))) if label not in labels
-        )
-        return client
-
-    def go(self, client: Connection, way: str) -> None:
-        if way == "reset":
-            self.room.end(client)
-            assert client.behind == 0
-        self.room.leave(client)
-        self.room.leave(client)  # which may be repeated
-
-    def type(self, client: Connection, text: str) -> None:
-        for lines, command in mychatserver.spoken(text.encode()):
-            self.room.relay(client, lines)
-            if command:
-                mychatserver.obey(self.room, client, command)
-
-    def may_speak(self) -> list[Connection]:
-        return [client for client in self.here if client not in self.room._late]
-
-    @rule(number=PEOPLE, takes=st.sampled_from([1, 60, 150, 1 << 30]))
-    def take(self, number: int, takes: int) -> None:
-        if self.here:
-            client = self.here[number % len(self.here)]
-            client.takes = takes
-            while client.takes and client.flush():
-                pass
-            assert self.room.is_late(client) == (client in self.room._late)
-
-    @invariant()
-    def everyone_has_heard_all_in_order_or_will(self) -> None:
-        for client, expected in self.expected.items():
-            assert client.heard + b"".join(client._backlog) == expected.encode()
-            assert client.behind == sum(map(len, client._backlog))
-
-    @invariant()
-    def who_is_late_has_a_backlog_and_is_here(self) -> None:
-        assert self.room._late <= set(self.here)
-        for client in self.here:
-            assert client.behind <= 200 or client in self.room._late
-            assert client not in self.room._late or client.behind >= 100
-
-    @invariant()
-    def nothing_is_left_over(self) -> None:
-        room = self.room
-        assert not (room._queue or room._queue_bytes or room._queued or room._waiters)
-        assert room._members == self.here
-        assert set(room._clients.values()) == set(self.here)
-        assert set(room._clients) == {folded(client.label) for client in self.here}
+# What fails is not made smaller: that takes minutes, as each try talks to a server.
+Room.TestCase.settings = settings(max_examples=100 if LONG else 15, stateful_step_count=50, phases=[Phase.generate])
 
 
-class OverSockets(Model[Peer]):
-    """A real server, with somebody who only listens: what this one has heard is out. The others read when they do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = contextlib.ExitStack()
-        self.server = self.stack.enter_context(Server("--announce", "--history", "5"))
-        self.last: Peer | None = None  # who has typed something
-        self.join(0, 0)
-
-    def teardown(self) -> None:
-        with self.stack:
-            for peer in self.here:
-                self.read(peer)
-
-    def enter(self, port: int, takes: int) -> Peer:
-        peer: Peer = self.stack.enter_context(Peer(LOOPBACK, self.server.port))
-        return peer
-
-    def go(self, client: Peer, way: str) -> None:
-        if way == "exit":
-            client.send("exit\nnot said\n")
-        elif way == "reset":
-            client.reset()
-        else:
-            client.close()
-
-    def type(self, client: Peer, text: str) -> None:
-        client.send(f"{text}/x\n")
-        self.last = client
-
-    def may_go(self) -> list[Peer]:
-        return self.here[1:]
-
-    def may_speak(self) -> list[Peer]:
-        return self.here[1:]
-
-    @rule(number=PEOPLE)
-    def take(self, number: int) -> None:
-        self.read(self.here[number % len(self.here)])
-
-    @invariant()
-    def all_that_was_done_is_out(self) -> None:
-        if self.last:
-            self.tell([self.last], "* unknown command '/x': /help lists them, // sends a line that starts with /")
-            self.read(self.last)
-            self.last = None
-        self.read(self.here[0])
-        self.read(self.here[-1])  # it may have just come
-
-    def read(self, peer: Peer) -> None:
-        peer.expect(*self.expected[peer].split("\n")[:-1])
-        self.expected[peer] = ""
+RoomOverSockets = Room.TestCase
+RoomOverSockets.__module__ = __name__  # or unittest takes it for another module's, and ends this one's server before
 
 
-InMemory.TestCase.settings = settings(max_examples=400, stateful_step_count=50)
-Room = InMemory.TestCase
-# What fails is not made smaller: that takes minutes, as each try starts a server.
-OverSockets.TestCase.settings = settings(max_examples=25, stateful_step_count=50, phases=[Phase.generate])
-RoomOverSockets = OverSockets.TestCase
+def setUpModule() -> None:
+    Room.server = Server("--announce", "--history", "5", "--quiet", constants={"WHO_SHOWN": WHO_SHOWN})
+    unittest.addModuleCleanup(Room.server.__exit__)
