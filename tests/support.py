@@ -6,6 +6,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import pathlib
 import pty
@@ -38,6 +39,17 @@ LOOPBACK = "127.0.0.1"
 TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
+# Runs the server of a folder, with other values for some of its constants. One that it does not have ends it at once.
+LAUNCHER = """
+import json, sys
+sys.path.insert(0, sys.argv.pop(1))
+import mychatserver
+for name, value in json.loads(sys.argv.pop(1)).items():
+    if not hasattr(mychatserver, name):
+        sys.exit(f"mychatserver has no constant {name}")
+    setattr(mychatserver, name, value)
+sys.exit(mychatserver.main())
+"""
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
@@ -166,10 +178,22 @@ class Program:
 
 
 class Server(Program):
-    """A server process on a free port; ready when this returns. Its connections are not lines to expect."""
+    """A server process on a free port; ready when this returns. Its connections are not lines to expect.
 
-    def __init__(self, *options: str, prefix: tuple[str, ...] = ()) -> None:
-        super().__init__(sys.executable, SERVER, "--port", "0", *options, prefix=prefix)
+    ``constants`` stand in for those of its module, where a test cannot wait as long as they say; ``setup`` is run first.
+    """
+
+    def __init__(
+        self,
+        *options: str,
+        prefix: tuple[str, ...] = (),
+        constants: dict[str, float] | None = None,
+        setup: str = "",
+    ) -> None:
+        program = [SERVER]
+        if constants or setup:
+            program = ["-c", setup + LAUNCHER, str(ROOT), json.dumps(constants or {})]
+        super().__init__(sys.executable, *program, "--port", "0", *options, prefix=prefix)
         try:
             self.first_line = self.line()
             self.port = int(self.first_line.rpartition(":")[2])
