@@ -180,7 +180,7 @@ class Program:
 class Server(Program):
     """A server process on a free port; ready when this returns. Its connections are not lines to expect.
 
-    ``constants`` stand in for those of its module, where a test cannot wait as long as they say; ``setup`` is run first.
+    ``constants`` stand in for its module's own, where a test cannot wait as long as they say; ``setup`` is run first.
     """
 
     def __init__(
