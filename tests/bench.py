@@ -972,16 +972,14 @@ def watch(sock: socket.socket, seconds: float, count: int) -> tuple[list[float],
     return delays, max(silence, time.monotonic() - heard)
 
 
-def hostile(
-    rival: Rival, attack: Callable[[Served], Worker], seconds: float, connections: int, crawlers: int = 0
-) -> Figures:
+def hostile(rival: Rival, attack: Callable[[Served], Worker], seconds: float, connections: int) -> Figures:
     """Have one of fifty type while somebody attacks over so many connections; tell how late it is heard.
 
     Tell, too, how long the server takes to end then, and how many more threads than clients it had.
     """
-    with Served(rival, HOSTILE_MEMBERS + crawlers, receive_buffers=[65_536] * crawlers) as served:
+    with Served(rival, HOSTILE_MEMBERS) as served:
         served.all_served()
-        *listeners, typist, probed = served.socks[crawlers:]
+        *listeners, typist, probed = served.socks
         pace = 25
         attacking = attack(served)
         listening = Worker(listen_all, [*listeners, typist])
@@ -1015,9 +1013,9 @@ def hostile(
             "worst ms": max(delays),
             "missing": missing,
             "stop s": stopping,
-            "threads over clients": threads - HOSTILE_MEMBERS - crawlers - connections,
+            "threads over clients": threads - HOSTILE_MEMBERS - connections,
             "MiB": memory / 2**20,
-            **({"others silent s": silence} if crawlers else {}),
+            "others silent s": silence,
         }
 
 
@@ -1042,15 +1040,17 @@ def resetting(rival: Rival, quick: bool) -> Figures:
 
 
 def crawling(rival: Rival, quick: bool) -> Figures:
-    def attack(served: Served) -> Worker:
-        return Worker(crawl_and_pour, served.socks[:2], served.port)
-
-    return hostile(rival, attack, 15 if quick else 100, 1, crawlers=2)
+    return hostile(rival, lambda served: Worker(crawl_and_pour, served.port), 15 if quick else 100, 3)
 
 
-def crawl_and_pour(socks: Sequence[socket.socket], port: int) -> None:
-    """Have a thread read slowly from the ones while another connection pours."""
-    threading.Thread(target=keep_crawling, args=(socks, 32_768), daemon=True).start()
+def crawl_and_pour(port: int) -> None:
+    """Read slowly from two connections while another one pours, for ever."""
+    crawlers = [socket.socket() for _ in range(2)]
+    for sock in crawlers:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_400)  # as from afar: loopback's 64 KB come in lumps
+        sock.connect((LOOPBACK, port))
+    threading.Thread(target=keep_crawling, args=(crawlers, 32_768), daemon=True).start()
     keep_pouring(Rival(), port, 1, numbered(0, NUMBERS))
 
 

@@ -353,6 +353,20 @@ class Peer:
         self.socket.close()
 
 
+def unread(server: Server, peer: Peer) -> int:
+    """Return the bytes that ``peer`` has sent and the server has not read, as Linux tells of an IPv4 connection."""
+    ends = f":{server.port:04X}", f":{peer.address[1]:04X}"
+    count = 0
+    for row in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = row.split()
+        unacknowledged, unread_here = (int(size, 16) for size in queues.split(":"))
+        if local.endswith(ends[0]) and remote.endswith(ends[1]):
+            count += unread_here
+        elif local.endswith(ends[1]) and remote.endswith(ends[0]):
+            count += unacknowledged
+    return count
+
+
 def as_text(output: bytes) -> str:
     """Return what a terminal was sent, with plain newlines, without colours."""
     return COLOURS.sub("", output.decode(errors="replace").replace("\r\n", "\n"))
