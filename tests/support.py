@@ -23,7 +23,7 @@ import termios
 import threading
 import time
 import unittest
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -187,12 +187,12 @@ class Server(Program):
         self,
         *options: str,
         prefix: tuple[str, ...] = (),
-        constants: dict[str, float] | None = None,
+        constants: Mapping[str, float] | None = None,
         setup: str = "",
     ) -> None:
         program = [SERVER]
         if constants or setup:
-            program = ["-c", setup + LAUNCHER, str(ROOT), json.dumps(constants or {})]
+            program = ["-c", setup + LAUNCHER, str(ROOT), json.dumps(dict(constants or {}))]
         super().__init__(sys.executable, *program, "--port", "0", *options, prefix=prefix)
         try:
             self.first_line = self.line()
@@ -254,11 +254,21 @@ class Server(Program):
 class Peer:
     """A socket that speaks the wire, like ``nc``; every wait has a deadline."""
 
-    def __init__(self, host: str, port: int, *, source: tuple[str, int] | None = None, receive_buffer: int = 0) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        source: tuple[str, int] | None = None,
+        receive_buffer: int = 0,
+        segment: int = 0,
+    ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.socket(family)
         if receive_buffer:  # before connecting, or the window is already larger
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if segment:  # loopback's of 64 KB come in lumps, and a slow reader takes nothing in between
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
         self.socket.settimeout(SECONDS)
         try:
             if source:
