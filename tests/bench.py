@@ -1040,18 +1040,18 @@ def resetting(rival: Rival, quick: bool) -> Figures:
 
 
 def crawling(rival: Rival, quick: bool) -> Figures:
-    return hostile(rival, lambda served: Worker(crawl_and_pour, served.port), 15 if quick else 100, 3)
+    return hostile(rival, lambda served: Worker(crawl_and_pour, served.port), 15 if quick else 100, 22)
 
 
 def crawl_and_pour(port: int) -> None:
-    """Read slowly from two connections while another one pours, for ever."""
+    """Read slowly from two connections, but more than the floor asks for, while others pour, for ever."""
     crawlers = [socket.socket() for _ in range(2)]
     for sock in crawlers:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_400)  # as from afar: loopback's 64 KB come in lumps
         sock.connect((LOOPBACK, port))
-    threading.Thread(target=keep_crawling, args=(crawlers, 32_768), daemon=True).start()
-    keep_pouring(Rival(), port, 1, numbered(0, NUMBERS))
+    threading.Thread(target=keep_crawling, args=(crawlers, 49_152), daemon=True).start()
+    keep_pouring(Rival(), port, 20, numbered(0, NUMBERS))
 
 
 def thread_count(served: Served) -> int:
@@ -1094,7 +1094,7 @@ for attack in HOSTILE_LINES:
         CELLS[name] = what, functools.partial(pour_at, attack, attackers)
         HOSTILE[name] = attackers == 5
 CELLS["hostile-reset"] = "50 clients with --announce, 1 types, 1 host connects and resets", resetting
-CELLS["hostile-crawl"] = "50 clients, 1 types, 1 pours, 2 read 32 KB/s in turns", crawling
+CELLS["hostile-crawl"] = "50 clients, 1 types, 20 pour, 2 read 48 KB/s in turns", crawling
 HOSTILE.update({"hostile-reset": True, "hostile-crawl": True})
 QUICK = ("flood", "alltalk", "latency", "quiet")
 OURS_ALONE = ("holdtls", "linked", "hold", "curve125", "curve250", "curve500", "curve1000")
