@@ -298,11 +298,21 @@ class Server(Program):
 class Peer:
     """A socket that speaks the wire, like ``nc``; every wait has a deadline."""
 
-    def __init__(self, host: str, port: int, *, source: tuple[str, int] | None = None, receive_buffer: int = 0) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        source: tuple[str, int] | None = None,
+        receive_buffer: int = 0,
+        segment: int = 0,
+    ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.socket(family)
         if receive_buffer:  # before connecting, or the window is already larger
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if segment:  # loopback's of 64 KB come in lumps, and a slow reader takes nothing in between
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
         self.socket.settimeout(SECONDS)
         try:
             if source:
@@ -418,6 +428,20 @@ class SharedServerTestCase(TestCase):
         peer = self.server.peer(host, **options)
         self.addCleanup(peer.close)
         return peer
+
+
+def unread(server: Server, peer: Peer) -> int:
+    """Return the bytes that ``peer`` has sent and the server has not read, as Linux tells of an IPv4 connection."""
+    ends = f":{server.port:04X}", f":{peer.address[1]:04X}"
+    count = 0
+    for row in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = row.split()
+        unacknowledged, unread_here = (int(size, 16) for size in queues.split(":"))
+        if local.endswith(ends[0]) and remote.endswith(ends[1]):
+            count += unread_here
+        elif local.endswith(ends[1]) and remote.endswith(ends[0]):
+            count += unacknowledged
+    return count
 
 
 def as_text(output: bytes) -> str:
