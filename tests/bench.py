@@ -7,8 +7,13 @@ looks at each line. What is lost, doubled, torn or out of order at our server fa
 
 Rivals: the textbook server and the bare relay beside this file, ``ncat --chat`` and ``nats-server`` where they are
 installed. NATS is sent one message a line, and is asked, as the others do, not to echo. The bare relay only shows what
-the load can bear. The ``load`` column tells how busy the busiest process of the load was: under 100 %, it was not what
-was measured. Linux only: it reads /proc.
+the load can bear. ``--before PATH`` adds another ``mychatserver.py``, of an earlier commit for example, as ``before``.
+The ``load`` column tells how busy the busiest process of the load was: under 100 %, it was not what was measured.
+Linux only: it reads /proc.
+
+``hostile`` is a group of cells, run when named: a typist among fifty while others do their worst. There it is our
+server against itself: the median and the worst of what the typist's lines take, the seconds from SIGTERM to the end
+under the attack, and how many more threads than clients there were.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -68,9 +74,10 @@ class Rival:
     newlines = 1  # in what is received for a line
     most_clients = 20_000
     keeps_lines = True  # each whole, with a label of its own: then the probe checks them all
+    program = SERVER
 
     def command(self, port: int) -> list[str]:
-        return [sys.executable, str(SERVER), "--quiet", "--port", str(port)]
+        return [sys.executable, str(self.program), "--quiet", "--port", str(port)]
 
     def secure(self, sock: socket.socket) -> socket.socket:
         """Return the connection with what encrypts it."""
@@ -82,6 +89,15 @@ class Rival:
     def frame(self, lines: bytes) -> bytes:
         """Return ``lines`` as they are sent."""
         return lines
+
+
+class Before(Rival):
+    """Another file with our server."""
+
+    name = "before"
+
+    def __init__(self, program: pathlib.Path) -> None:
+        self.program = program
 
 
 class Textbook(Rival):
@@ -112,7 +128,8 @@ class Ncat(Rival):
 class Linked(Rival):
     """One of several servers that share a room over a NATS on a port."""
 
-    def __init__(self, nats_port: int, name: str) -> None:
+    def __init__(self, rival: Rival, nats_port: int, name: str) -> None:
+        self.program = rival.program
         self._options = ["--nats", f"nats://{LOOPBACK}:{nats_port}", "--server-name", name]
 
     def command(self, port: int) -> list[str]:
@@ -151,7 +168,8 @@ class WithTls(Rival):
 
     def __init__(self, rival: Rival) -> None:
         pem = certificate()
-        options = {"ours": ["--tls-cert", pem], "ncat": ["--ssl", "--ssl-cert", pem, "--ssl-key", pem]}
+        ours = ["--tls-cert", pem]
+        options = {"ours": ours, "before": ours, "ncat": ["--ssl", "--ssl-cert", pem, "--ssl-key", pem]}
         if rival.name not in options:
             raise Failed("has no TLS here")
         self.name, self.keeps_lines, self.most_clients = rival.name, rival.keeps_lines, rival.most_clients
@@ -159,6 +177,26 @@ class WithTls(Rival):
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
         self._context.sslsocket_class = Secured
+
+    def records(self, sock: socket.socket) -> Callable[[bytes], bytes]:
+        """Shake hands; return what encrypts bytes, a record for each."""
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        secured = self._context.wrap_bio(incoming, outgoing)
+        while True:
+            try:
+                secured.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65_536))
+        sock.sendall(outgoing.read())
+
+        def encrypted(text: bytes) -> bytes:
+            for number in range(len(text)):
+                secured.write(text[number : number + 1])
+            return outgoing.read()
+
+        return encrypted
 
     def command(self, port: int) -> list[str]:
         return [*self._rival.command(port), *self._options]
@@ -168,6 +206,23 @@ class WithTls(Rival):
 
     def secure(self, sock: socket.socket) -> socket.socket:
         return self._context.wrap_socket(sock)
+
+
+class WithOptions(Rival):
+    """Ours with more options, and the password that they have it ask for."""
+
+    def __init__(self, rival: Rival, options: Sequence[str], password: str = "") -> None:
+        self.name, self._rival = rival.name, rival
+        self._options, self._password = options, password.encode()
+
+    def command(self, port: int) -> list[str]:
+        return [*self._rival.command(port), *self._options]
+
+    def greet(self, sock: socket.socket) -> None:
+        if self._password:
+            receive_until(sock, b"* password?\n")
+            sock.sendall(self._password + b"\n")
+            receive_until(sock, b"* password accepted\n")
 
 
 @functools.cache
@@ -345,6 +400,9 @@ class Worker:
 
     def start(self) -> None:
         self._here.send(None)
+
+    def has_ended(self) -> bool:
+        return self._here.poll()
 
     def result(self, seconds: float = 3 * GIVE_UP_SECONDS) -> tuple[Any, float]:
         """Return what the work returned, and the CPU seconds that it took."""
@@ -714,20 +772,20 @@ def curve(clients: int, rival: Rival, quick: bool) -> Figures:
     return pour(rival, clients, clients, 20 if quick else 40)
 
 
-def linked(clients: int, talkers: int, seconds: float) -> Figures:
+def linked(rival: Rival, clients: int, talkers: int, seconds: float) -> Figures:
     """Tell what two servers over one NATS deliver, half of all on each, and how much later, beside one with all.
 
     The pace rises until a line is lost; the last one without counts.
     """
-    alone = pour(Rival(), clients, talkers, 500)["M/s"]
+    alone = pour(rival, clients, talkers, 500)["M/s"]
     added = [
-        linked_talk(count, talkers, 100, seconds)["p50 ms"] - talk(Rival(), count, talkers, 100, seconds)["p50 ms"]
+        linked_talk(rival, count, talkers, 100, seconds)["p50 ms"] - talk(rival, count, talkers, 100, seconds)["p50 ms"]
         for count in (clients, 2 * talkers + 2)
     ]
     pace, best = 4_000.0, Figures()
     while True:
         try:
-            best = linked_talk(clients, talkers, pace, seconds)
+            best = linked_talk(rival, clients, talkers, pace, seconds)
         except Failed as problem:
             if not best:
                 raise
@@ -738,12 +796,13 @@ def linked(clients: int, talkers: int, seconds: float) -> Figures:
     return {**best, "alone M/s": alone, "of alone": best["M/s"] / alone, **several}
 
 
-def linked_talk(clients: int, talkers: int, pace: float, seconds: float) -> Figures:
+def linked_talk(rival: Rival, clients: int, talkers: int, pace: float, seconds: float) -> Figures:
     """Have people on two servers say so many lines a second in all; raise Failed unless everybody hears all of it."""
     with contextlib.ExitStack() as stack:
         nats = stack.enter_context(Served(Nats(), 0))
         time.sleep(0.5)  # in which it has begun to listen
-        halves = [stack.enter_context(Served(Linked(nats.port, name), clients // 2)) for name in ("paris", "oslo")]
+        servers = [Linked(rival, nats.port, name) for name in ("paris", "oslo")]
+        halves = [stack.enter_context(Served(server, clients // 2)) for server in servers]
         for half, other in (halves, halves[::-1]):
             half.all_served(other.socks)
         counted: list[socket.socket] = []
@@ -785,6 +844,216 @@ def linked_talk(clients: int, talkers: int, pace: float, seconds: float) -> Figu
         }
 
 
+# --- The hostile cells: what one who types gets while others do their worst -------------------------------------------
+
+HOSTILE_MEMBERS = 50
+HOSTILE_LINES = {  # what each attacker pours
+    "blank": b"\n",
+    "help": b"/help\n",
+    "who": b"/who\n",
+    "unknown": b"/unknown\n",
+    "slashes": b"//x\n",
+    "illformed": b"\x80" * 99 + b"\n",
+    "telnet": b"\xff\xf1" * 50 + b"x\n",
+    "records": b"x" * 999 + b"\n",  # with TLS, each byte a record
+    "door": b"/nick a\n",  # before the password
+}
+HOSTILE_GRACE_SECONDS = 10.0  # for the typist's last lines; those that do not come by then count as that late
+HOSTILE_STOP_SECONDS = 20.0  # in which a server must end that was told to
+TYPED = re.compile(rb":%04d(\d{7})(\d{20})\n" % TYPIST)
+PASSWORD = "swordfish"
+
+
+def keep_pouring(rival: Rival, port: int, count: int, text: bytes) -> None:
+    """Send ``text`` over so many connections and read what comes, for ever; connect again where the server closes."""
+    poller = select.epoll()
+    socks: dict[int, socket.socket] = {}
+    left: dict[int, memoryview] = {}
+    records: dict[int, Callable[[bytes], bytes]] = {}
+    buffer = bytearray(1 << 20)
+    text *= 65_536 // len(text)
+    if isinstance(rival, WithTls):
+        text = text[:2_800]  # as records of one byte they are as many bytes
+    while True:
+        while len(socks) < count:
+            sock = socket.socket()
+            try:
+                sock.settimeout(GIVE_UP_SECONDS)
+                sock.connect((LOOPBACK, port))
+                encrypted = rival.records(sock) if isinstance(rival, WithTls) else bytes
+                sock.setblocking(False)
+            except OSError:
+                sock.close()
+                time.sleep(0.01)  # nobody is there any more
+                break
+            descriptor = sock.fileno()
+            socks[descriptor], left[descriptor], records[descriptor] = sock, memoryview(b""), encrypted
+            poller.register(descriptor, select.EPOLLIN | select.EPOLLOUT)
+        for descriptor, events in poller.poll(1.0):
+            sock = socks[descriptor]
+            try:
+                if events & ~select.EPOLLOUT and not sock.recv_into(buffer):
+                    raise ConnectionResetError
+                if events & select.EPOLLOUT:
+                    if not left[descriptor]:
+                        left[descriptor] = memoryview(records[descriptor](text))
+                    left[descriptor] = left[descriptor][sock.send(left[descriptor]) :]
+            except BlockingIOError:
+                pass
+            except OSError:
+                poller.unregister(descriptor)
+                socks.pop(descriptor).close()
+
+
+def keep_resetting(port: int) -> None:
+    """Connect and reset the connection, for ever."""
+    while True:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            with contextlib.suppress(OSError):  # the server is gone, or its queue is full
+                sock.connect((LOOPBACK, port))
+
+
+def keep_crawling(socks: Sequence[socket.socket], pace: int) -> None:
+    """Read so many bytes a second from each, in turns of a tenth of a second, until they are closed."""
+    left = list(socks)
+    due = time.monotonic()
+    while left:
+        for sock in socks:
+            due += 0.1
+            time.sleep(max(0.0, due - time.monotonic()))  # the pace is what is asked for
+            with contextlib.suppress(BlockingIOError):
+                if sock in left and not sock.recv(pace * len(socks) // 10, socket.MSG_DONTWAIT):
+                    left.remove(sock)
+
+
+def listen_all(socks: Sequence[socket.socket]) -> float:
+    """Read everybody's connection until the server has closed all; return when it closed the first."""
+    poller = select.epoll()
+    left = {sock.fileno(): sock for sock in socks}
+    for descriptor in left:
+        poller.register(descriptor, select.EPOLLIN)
+    buffer, first = bytearray(1 << 20), 0.0
+    while left:
+        for descriptor, _ in poller.poll():
+            try:
+                size = left[descriptor].recv_into(buffer, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:
+                size = 0
+            if not size:
+                first = first or time.monotonic()
+                poller.unregister(descriptor)
+                with contextlib.suppress(OSError):  # it was reset
+                    left.pop(descriptor).shutdown(socket.SHUT_RDWR)
+    return first
+
+
+def watch(sock: socket.socket, seconds: float, count: int) -> tuple[list[float], float]:
+    """Read for so long, or until the typist's lines have come; return their delays, and others' longest silence."""
+    delays: list[float] = []
+    rest, silence = b"", 0.0
+    started = heard = time.monotonic()
+    sock.settimeout(0.1)  # nobody else uses this connection meanwhile
+    while (now := time.monotonic()) < started + seconds or (
+        len(delays) < count and now < started + seconds + HOSTILE_GRACE_SECONDS
+    ):
+        with contextlib.suppress(TimeoutError, socket.timeout, BlockingIOError):
+            data = sock.recv(1 << 20)
+            if not data:
+                raise Failed("let the probe go")
+            moment = time.monotonic_ns()
+            data = rest + data
+            rest = data[data.rfind(b"\n") + 1 :]
+            delays += [(moment - int(sent)) / 1e6 for _, sent in TYPED.findall(data)]
+            if len(data) > 1_000:  # more than what is typed
+                silence, heard = max(silence, moment / 1e9 - heard), moment / 1e9
+    return delays, max(silence, time.monotonic() - heard)
+
+
+def hostile(rival: Rival, attack: Callable[[Served], Worker], seconds: float, connections: int) -> Figures:
+    """Have one of fifty type while somebody attacks over so many connections; tell how late it is heard.
+
+    Tell, too, how long the server takes to end then, and how many more threads than clients it had.
+    """
+    with Served(rival, HOSTILE_MEMBERS) as served:
+        served.all_served()
+        *listeners, typist, probed = served.socks
+        pace = 25
+        attacking = attack(served)
+        listening = Worker(listen_all, [*listeners, typist])
+        speaking = Worker(speak, rival, [typist], TYPIST, pace, seconds)
+        watching = Worker(watch, probed, seconds, int(pace * seconds))
+        with workers(attacking, listening, speaking, watching):
+            for worker in (listening, attacking):
+                worker.start()
+            time.sleep(0.5)  # in which the attack begins
+            for worker in (watching, speaking):
+                worker.start()
+            threads = 0
+            while not watching.has_ended():
+                threads = max(threads, thread_count(served))
+                time.sleep(0.05)  # between looks at another process
+            (delays, silence), _ = watching.result()
+            memory = served.memory()
+            stopped = time.monotonic()
+            served.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                served.process.wait(HOSTILE_STOP_SECONDS)
+            stopping = time.monotonic() - stopped
+            served.process.kill()
+            first_closed, _ = listening.result()
+            if first_closed < stopped:
+                raise Failed("let a listener go")
+        missing = int(pace * seconds) - len(delays)
+        delays += [HOSTILE_GRACE_SECONDS * 1_000] * missing
+        return {
+            "typist p50 ms": percentile(delays, 0.5),
+            "worst ms": max(delays),
+            "missing": missing,
+            "stop s": stopping,
+            "threads over clients": threads - HOSTILE_MEMBERS - connections,
+            "MiB": memory / 2**20,
+            "others silent s": silence,
+        }
+
+
+def pour_at(attack: str, attackers: int, rival: Rival, quick: bool) -> Figures:
+    if attack == "records":
+        rival = WithTls(rival)
+    if attack == "door":
+        path = os.path.join(FILES.name, "password")
+        pathlib.Path(path).write_text(PASSWORD)
+        rival = WithOptions(rival, ["--password-file", path], PASSWORD)
+    return hostile(
+        rival,
+        lambda served: Worker(keep_pouring, rival, served.port, attackers, HOSTILE_LINES[attack]),
+        2 if quick else 5,
+        attackers,
+    )
+
+
+def resetting(rival: Rival, quick: bool) -> Figures:
+    rival = WithOptions(rival, ["--announce"])
+    return hostile(rival, lambda served: Worker(keep_resetting, served.port), 2 if quick else 5, 1)
+
+
+def crawling(rival: Rival, quick: bool) -> Figures:
+    return hostile(rival, lambda served: Worker(crawl_and_pour, served.port), 15 if quick else 100, 3)
+
+
+def crawl_and_pour(port: int) -> None:
+    """Read slowly from two connections while another one pours, for ever."""
+    crawlers = [socket.socket() for _ in range(2)]
+    for sock in crawlers:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_400)  # as from afar: loopback's 64 KB come in lumps
+        sock.connect((LOOPBACK, port))
+    threading.Thread(target=keep_crawling, args=(crawlers, 32_768), daemon=True).start()
+    keep_pouring(Rival(), port, 1, numbered(0, NUMBERS))
+
+
 def thread_count(served: Served) -> int:
     return len(os.listdir(f"/proc/{served.process.pid}/task"))
 
@@ -811,12 +1080,22 @@ CELLS: dict[str, tuple[str, Cell]] = {
     "holdtls": ("500 clients with TLS come and leave", lambda rival, quick: hold(WithTls(rival), 500)),
     "linked": (
         "2,000 clients, 10 talk, on two servers over NATS",
-        lambda rival, quick: linked(2_000, 10, 1 if quick else 3),
+        lambda rival, quick: linked(rival, 2_000, 10, 1 if quick else 3),
     ),
     "hold": ("10,000 clients come and leave", lambda rival, quick: hold(rival, 10_000)),
 }
 for talkers in (125, 250, 500, 1_000):
     CELLS[f"curve{talkers}"] = f"{talkers:,} clients, all send", functools.partial(curve, talkers)
+HOSTILE = {}  # all cells of ``hostile``; the value tells whether the quick form has it
+for attack in HOSTILE_LINES:
+    for attackers in (1, 5, 20):
+        name = f"hostile-{attack}-{attackers}"
+        what = f"50 clients, 1 types, {attackers} pour {attack}"
+        CELLS[name] = what, functools.partial(pour_at, attack, attackers)
+        HOSTILE[name] = attackers == 5
+CELLS["hostile-reset"] = "50 clients with --announce, 1 types, 1 host connects and resets", resetting
+CELLS["hostile-crawl"] = "50 clients, 1 types, 1 pours, 2 read 32 KB/s in turns", crawling
+HOSTILE.update({"hostile-reset": True, "hostile-crawl": True})
 QUICK = ("flood", "alltalk", "latency", "quiet")
 OURS_ALONE = ("holdtls", "linked", "hold", "curve125", "curve250", "curve500", "curve1000")
 
@@ -947,10 +1226,16 @@ def duel() -> int:
 def main() -> int:
     """Run the cells that are asked for; return 1 if our server failed in one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("cells", nargs="*", metavar="CELL", help=f"all of {', '.join(CELLS)} unless given")
+    cells = [name for name in CELLS if name not in HOSTILE]
+    parser.add_argument(
+        "cells", nargs="*", metavar="CELL", help=f"all of {', '.join(cells)} unless given; hostile, or one of its own"
+    )
     parser.add_argument("--quick", action="store_true", help=f"under a minute: {', '.join(QUICK)}, one round")
     parser.add_argument("--rounds", type=int, default=3, help="of every server in each cell (default: 3)")
     parser.add_argument("--only", default="", metavar="NAMES", help="servers to run, as ours,textbook (default: all)")
+    parser.add_argument(
+        "--before", type=pathlib.Path, metavar="PATH", help="another mychatserver.py to run beside ours"
+    )
     parser.add_argument("--json", action="store_true", help="print every figure of every run as JSON")
     parser.add_argument("--duel", action="store_true", help="20 s, live: ours and others with one who never reads")
     options = parser.parse_args()
@@ -964,12 +1249,18 @@ def main() -> int:
         except (Failed, OSError) as error:
             print(f"The duel ended early: {error}", file=sys.stderr)
             return 1
-    for cell in options.cells:
-        if cell not in CELLS:
-            parser.error(f"no cell {cell!r}; there are {', '.join(CELLS)}")
+    chosen = []
+    for cell in options.cells or (QUICK if options.quick else cells):
+        if cell == "hostile":
+            chosen += [name for name, in_quick in HOSTILE.items() if in_quick or not options.quick]
+        elif cell in CELLS:
+            chosen.append(cell)
+        else:
+            parser.error(f"no cell {cell!r}; there are {', '.join(cells)}, hostile, {', '.join(HOSTILE)}")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    servers = [rival for rival in rivals() if not options.only or rival.name in options.only.split(",")]
+    others: list[Rival] = [Before(options.before)] if options.before else []
+    servers = [rival for rival in [*rivals(), *others] if not options.only or rival.name in options.only.split(",")]
     model = re.search(r"^model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     machine = (
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {model[1] if model else platform.machine()}, "
@@ -978,9 +1269,10 @@ def main() -> int:
     if not options.json:
         print(machine)
     results = []
-    for name in options.cells or (QUICK if options.quick else CELLS):
-        chosen = [rival for rival in servers if name not in OURS_ALONE or rival.name == "ours"]
-        result = measure(name, chosen, 1 if options.quick else options.rounds, options.quick)
+    for name in chosen:
+        alone = name in OURS_ALONE or name in HOSTILE
+        measured = [rival for rival in servers if not alone or rival.name in ("ours", "before")]
+        result = measure(name, measured, 1 if options.quick else options.rounds, options.quick)
         results.append(result)
         if not options.json:
             show(result)

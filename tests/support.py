@@ -6,6 +6,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import pathlib
 import pty
@@ -22,7 +23,7 @@ import termios
 import threading
 import time
 import unittest
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -38,6 +39,17 @@ LOOPBACK = "127.0.0.1"
 TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
+# Runs the server of a folder, with other values for some of its constants. One that it does not have ends it at once.
+LAUNCHER = """
+import json, sys
+sys.path.insert(0, sys.argv.pop(1))
+import mychatserver
+for name, value in json.loads(sys.argv.pop(1)).items():
+    if not hasattr(mychatserver, name):
+        sys.exit(f"mychatserver has no constant {name}")
+    setattr(mychatserver, name, value)
+sys.exit(mychatserver.main())
+"""
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
@@ -166,10 +178,22 @@ class Program:
 
 
 class Server(Program):
-    """A server process on a free port; ready when this returns. Its connections are not lines to expect."""
+    """A server process on a free port; ready when this returns. Its connections are not lines to expect.
 
-    def __init__(self, *options: str, prefix: tuple[str, ...] = ()) -> None:
-        super().__init__(sys.executable, SERVER, "--port", "0", *options, prefix=prefix)
+    ``constants`` stand in for its module's own, where a test cannot wait as long as they say; ``setup`` is run first.
+    """
+
+    def __init__(
+        self,
+        *options: str,
+        prefix: tuple[str, ...] = (),
+        constants: Mapping[str, float] | None = None,
+        setup: str = "",
+    ) -> None:
+        program = [SERVER]
+        if constants or setup:
+            program = ["-c", setup + LAUNCHER, str(ROOT), json.dumps(dict(constants or {}))]
+        super().__init__(sys.executable, *program, "--port", "0", *options, prefix=prefix)
         try:
             self.first_line = self.line()
             self.port = int(self.first_line.rpartition(":")[2])
@@ -230,11 +254,21 @@ class Server(Program):
 class Peer:
     """A socket that speaks the wire, like ``nc``; every wait has a deadline."""
 
-    def __init__(self, host: str, port: int, *, source: tuple[str, int] | None = None, receive_buffer: int = 0) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        source: tuple[str, int] | None = None,
+        receive_buffer: int = 0,
+        segment: int = 0,
+    ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.socket(family)
         if receive_buffer:  # before connecting, or the window is already larger
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if segment:  # loopback's of 64 KB come in lumps, and a slow reader takes nothing in between
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
         self.socket.settimeout(SECONDS)
         try:
             if source:
@@ -327,6 +361,20 @@ class Peer:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
+
+
+def unread(server: Server, peer: Peer) -> int:
+    """Return the bytes that ``peer`` has sent and the server has not read, as Linux tells of an IPv4 connection."""
+    ends = f":{server.port:04X}", f":{peer.address[1]:04X}"
+    count = 0
+    for row in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = row.split()
+        unacknowledged, unread_here = (int(size, 16) for size in queues.split(":"))
+        if local.endswith(ends[0]) and remote.endswith(ends[1]):
+            count += unread_here
+        elif local.endswith(ends[1]) and remote.endswith(ends[0]):
+            count += unacknowledged
+    return count
 
 
 def as_text(output: bytes) -> str:
