@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 9):  # noqa: UP036 - what is below fails there with a traceback
+if sys.version_info < (needed := (3, 9)):  # Python 3.7 and older end here: this needs 3.9 or newer, try python3
     sys.exit("This needs Python 3.9 or newer: try python3, or py on Windows.")
 
 import argparse
@@ -473,26 +473,9 @@ class Client:
         return b""
 
     def shake_hands(self, seconds: float) -> None:
-        """Do the codec's handshake, if there is one. Blocks so many seconds at most.
-
-        Raises Refused for a peer that does not speak TLS, OSError for one that does so wrongly, slowly, or is gone.
-        """
-        if not self._codec:
-            return
-        deadline = Deadline(seconds)
-        # With TLS the client speaks first: one that says nothing is as plain as one that says something else.
-        is_silent = not ready(self._sock, selectors.EVENT_READ, deadline.left())
-        if is_silent or self._sock.recv(1, socket.MSG_PEEK) != TLS_HELLO[:1]:
-            raise Refused("this server speaks TLS: join with mychatclient.py --tls")
-        while not self._codec.is_ready:
-            if not ready(self._sock, selectors.EVENT_READ, deadline.left()):
-                raise TimeoutError
-            data = self._sock.recv(READ_BYTES)
-            with self._lock:
-                try:
-                    self._codec.shake_hands(data)
-                finally:
-                    self._put(self._codec.output())
+        """Do the codec's handshake, if there is one. Blocks so many seconds at most; raises OSError, Refused."""
+        if self._codec:
+            self._codec.shake_hands(self._sock, Deadline(seconds))
 
     def drain(self) -> None:
         """Send the outbox and end-of-file, and let the peer close first: its input, unread, would reset both.
@@ -675,36 +658,6 @@ class Refused(Exception):
     """Why somebody is turned away, as the text of a notice."""
 
 
-class Limit:
-    """So many clients at once, in all and of one host; None is no limit. Call with the lock held that guards it."""
-
-    def __init__(self, in_all: int | None = None, of_a_host: int | None = None) -> None:
-        self._in_all = in_all
-        self._of_a_host = of_a_host
-        self._count = 0
-        self._by_host: collections.Counter[str] = collections.Counter()  # if that is limited
-
-    def acquire(self, client: Client) -> None:
-        """Take a place for ``client``; raise Refused when there is none."""
-        if self._in_all is not None and self._count >= self._in_all:
-            raise Refused(f"server full: {self._count} of {self._in_all} clients")
-        if self._of_a_host is not None:
-            host = host_key(client.address)
-            if self._by_host[host] >= self._of_a_host:
-                raise Refused(f"too many from your address: {self._by_host[host]} of {self._of_a_host} clients")
-            self._by_host[host] += 1
-        self._count += 1
-
-    def release(self, client: Client) -> None:
-        """Give back the place that ``client`` has."""
-        self._count -= 1
-        if self._of_a_host is not None:
-            host = host_key(client.address)
-            self._by_host[host] -= 1
-            if not self._by_host[host]:  # or hosts that came once would be kept for ever
-                del self._by_host[host]
-
-
 class Batch:
     """What one round relays: blocks of lines, joined, of which each member gets what is not hidden from it."""
 
@@ -766,7 +719,7 @@ class Room:
         self._turn_is_awaited = False  # somebody waits for the turn, and will take what is enqueued until then
         self._waiters: dict[Speaker, threading.Condition] = {}  # handlers that wait for something of what follows
         self._clients: dict[str, Client] = {}  # by label, folded
-        self._limit = limit or Limit()
+        self._limit = limit
         self._closed = False  # nothing more is enqueued, nobody comes in
         self._slow: set[Client] = set()  # the slow consumers; an epoch lasts from the first to the last of them
         self._epoch = Deadline(0)
@@ -789,7 +742,8 @@ class Room:
             with self._queue_lock:
                 if self._closed:
                     raise Refused("server stopping")
-                self._limit.acquire(client)
+                if self._limit:
+                    self._limit.acquire(client)
                 client.label = self._free_label(client.address[1])
                 self._clients[client.label] = client
             self._members.append(client)
@@ -811,7 +765,8 @@ class Room:
                 if not self._is_here(client):
                     return
                 del self._clients[folded(client.label)]
-                self._limit.release(client)
+                if self._limit:
+                    self._limit.release(client)
                 self._recover(client)
             client.heard_from = None  # or those who left would be kept in a chain
             self._members.remove(client)
@@ -942,11 +897,11 @@ class Room:
         """Give what is queued to all members, a round at a time, until nothing is left or another awaits the turn."""
         with self._turn:
             while batch := self._next_batch():
+                if self._history:
+                    self._history.add(batch.lines)
                 for member in self._members:
                     if member.give(batch.pieces_for(member)) > HIGH_WATER_BYTES:
                         self._note_slow(member)
-                if self._history:
-                    self._history.add(batch.lines)
                 # Who enqueues something just after this look waits for the turn, or found somebody who does.
                 if self._turn_is_awaited or not self._queue:
                     return
@@ -1496,7 +1451,7 @@ class Server:
                     self._guests.leave_door(client)
                     self._room.join(client)
                     gate, block, too_long = None, rest, False
-                for part in pace.parts(block) if pace else (block,):
+                for part in pace.parts(block, too_long) if pace else (block,):
                     if pace and not pace.wait(client):
                         return
                     self._hear(client, part, work)
@@ -1739,6 +1694,36 @@ PACED_READ_BYTES = 256  # read at once with --rate: what a client may not say ye
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
+class Limit:
+    """So many clients at once, in all and of one host; None is no limit. Call with the lock held that guards it."""
+
+    def __init__(self, in_all: int | None = None, of_a_host: int | None = None) -> None:
+        self._in_all = in_all
+        self._of_a_host = of_a_host
+        self._count = 0
+        self._by_host: collections.Counter[str] = collections.Counter()  # if that is limited
+
+    def acquire(self, client: Client) -> None:
+        """Take a place for ``client``; raise Refused when there is none."""
+        if self._in_all is not None and self._count >= self._in_all:
+            raise Refused(f"server full: {self._count} of {self._in_all} clients")
+        if self._of_a_host is not None:
+            host = host_key(client.address)
+            if self._by_host[host] >= self._of_a_host:
+                raise Refused(f"too many from your address: {self._by_host[host]} of {self._of_a_host} clients")
+            self._by_host[host] += 1
+        self._count += 1
+
+    def release(self, client: Client) -> None:
+        """Give back the place that ``client`` has."""
+        self._count -= 1
+        if self._of_a_host is not None:
+            host = host_key(client.address)
+            self._by_host[host] -= 1
+            if not self._by_host[host]:  # or hosts that came once would be kept for ever
+                del self._by_host[host]
+
+
 class Guests:
     """Decides by address and password who may come in, and holds each to a pace."""
 
@@ -1867,9 +1852,9 @@ class Pace:
         self._tokens = float(rate * BURST_SECONDS)
         self._then = time.monotonic()  # when that was so
 
-    def parts(self, block: bytes) -> list[bytes]:
-        """Return what is paid for one by one: the lines."""
-        return re.findall(rb"[^\n]*\n", block)
+    def parts(self, block: bytes, too_long: bool) -> list[bytes]:
+        """Return what is paid for one by one: the lines, one that was too long among them."""
+        return [*re.findall(rb"[^\n]*\n", block), *([b""] if too_long else [])]
 
     def wait(self, client: Client) -> bool:
         """Block until there is a token, and take it; return whether that was before ``client`` was gone."""
@@ -1984,7 +1969,8 @@ def asked_of_clients(certificate: str) -> tuple[str, list[str]]:
 class Codec:
     """TLS between one client and its socket: an SSLObject and two buffers in memory, in which nothing ever waits.
 
-    Called with the client's lock held: an SSLObject must not be read by one thread while another writes.
+    Called with the client's lock held once hands are shaken: an SSLObject must not be read by one thread while another
+    writes.
     """
 
     def __init__(self, context: ssl.SSLContext) -> None:
@@ -1997,24 +1983,41 @@ class Codec:
         self.is_ready = False  # until then what is sent goes out as it is
         self.at_end = False  # the peer has said its close_notify
 
-    def shake_hands(self, data: bytes) -> None:
-        """Go on with the handshake; raise OSError when it fails, or at end-of-file."""
-        if not data:
-            raise ConnectionResetError
-        self._received.write(data)
-        with contextlib.suppress(self._wants_more):
-            self._tls.do_handshake()
-            self.is_ready = True
+    def shake_hands(self, sock: socket.socket, deadline: Deadline) -> None:
+        """Do the handshake, before anything else is sent; block until the deadline at most.
+
+        Raises Refused for a peer that does not speak TLS, OSError for one that does so wrongly, slowly, or is gone.
+        """
+        # With TLS the client speaks first: one that says nothing is as plain as one that says something else.
+        is_silent = not ready(sock, selectors.EVENT_READ, deadline.left())
+        if is_silent or sock.recv(1, socket.MSG_PEEK) != TLS_HELLO[:1]:
+            raise Refused("this server speaks TLS: join with mychatclient.py --tls")
+        while not self.is_ready:
+            if not ready(sock, selectors.EVENT_READ, deadline.left()):
+                raise TimeoutError
+            data = sock.recv(READ_BYTES)
+            if not data:
+                raise ConnectionResetError
+            self._received.write(data)
+            try:
+                self._tls.do_handshake()
+                self.is_ready = True
+            except self._wants_more:
+                pass
+            finally:
+                sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
 
     def encrypted(self, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
         """Return what is to be sent for ``pieces``."""
         if not self.is_ready:
             return pieces
-        rest = memoryview(b"".join(pieces))
+        whole = memoryview(b"".join(pieces))
+        ciphertext: list[memoryview] = []
         with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
-            while rest:
-                rest = rest[self._tls.write(rest) :]
-        return self.output()
+            for start in range(0, len(whole), READ_BYTES):  # in steps: buffers that stay in the processor's cache
+                self._tls.write(whole[start : start + READ_BYTES])
+                ciphertext += self.output()
+        return ciphertext
 
     def decrypted(self, data: bytes) -> bytes | None:
         """Return the text that can be read with more ciphertext, empty at close_notify; None if there is none.
@@ -2239,6 +2242,12 @@ def open_missing_descriptors() -> None:
     os.close(descriptor)
 
 
+def has_no_terminal() -> bool:
+    """Return whether this runs in a program that has put something of its own in a terminal's place, as IDLE does."""
+    is_replaced = sys.stdin is not sys.__stdin__ or sys.stdout is not sys.__stdout__
+    return is_replaced and not (os.isatty(0) and os.isatty(1))
+
+
 def raise_descriptor_limit() -> None:
     """Allow as many descriptors, one a client, as this process may have without asking anyone."""
     if sys.platform == "win32":
@@ -2316,6 +2325,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit status: 0 when it was stopped, 1 when something is in its way."""
     try:
         open_missing_descriptors()
+        if has_no_terminal():
+            print("Run this in a terminal: python mychatserver.py")
+            return 1
         options = parse_args(argv)
         raise_descriptor_limit()
         new_client: NewClient = Client
@@ -2348,7 +2360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         room = Room(
             console,
             log,
-            Limit(options.max_clients, options.max_per_host),
+            Limit(options.max_clients, options.max_per_host) if options.max_clients or options.max_per_host else None,
             options.quiet,
             options.announce,
             History(options.history) if options.history else None,
