@@ -7,63 +7,61 @@ library alone; ``mychatclient.py``, ``nc`` and ``telnet`` are all clients.
 The wire
     UTF-8 text in lines. ``\\n``, ``\\r\\n`` and telnet's ``\\r\\0`` end a line.
     Client to server: text. A line ``exit`` leaves, and so does end-of-file. Lines of blanks are not relayed. A line
-    that starts with ``/`` and a word of lower-case letters is a command: the section on people has them.
+    whose first word is ``/`` and a letter, without a second ``/``, is a command: see People.
     Server to client: ``label:text``, or a notice, ``* text``. A label is the port that its client connects from, or the
     name that it has taken; ``@server`` behind it tells that its client is on another server. No text of a person stands
-    in a notice but for ``* LABEL to you: text``.
+    in a notice but behind ``* LABEL to you: `` and ``* to LABEL: ``. ``* refused: `` tells why somebody is turned away.
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
-    With a password a newcomer gets ``* password?``, and nothing that is said until a line is it: see Guests.
-    With ``--tls-cert`` all of this is inside of TLS.
 
 The threads, and who owns what
     main            waits; the signals that stop the server wake the server thread.
-    server thread   accepts, starts the handlers, empties backlogs, keeps the clock; owns the selector.
+    server thread   accepts, starts the handlers, flushes outboxes, keeps the clock; owns the selector.
     handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
     writers         one each for standard output, standard error and the log, however slow those are.
-    With ``--lan`` the server thread also answers the questions of ``mychatclient.py --lan``: see Discovery.
-    With ``--nats`` three more threads join this room with those of other servers: see Link.
 
-The relay
-    Handlers read blocks of lines, not lines. One handler at a time has the turn: it takes what the others have put
-    down, joins it, and gives each member one piece, everything but its own lines. One more waits for the turn, to take
-    what is put down meanwhile; the rest put down their block and go back to reading. So all members see one order,
-    a round costs one send a member, and nobody relays for ever.
-    A send never blocks: what a socket does not take becomes its client's backlog, which the server thread sends on.
-    While somebody is late (has a large backlog), everyone else may say its share and then waits, so a flood runs at
-    the pace of the slowest reader, and nothing is lost. A reader under the floor is let go. (In this order:
-    Room.relay, _put_down, _portion, _pays; Client.give, Room._pass_on, is_late, Client.under_floor.)
+The way of a line
+    Server._handle reads a block: Client.blocks, Client.recv, Framer.feed. parse finds its lines, Room.relay enqueues
+    them, Room._broadcast gives them to every member, Client.give sends.
+    Handlers read blocks of lines, not lines. One handler at a time broadcasts: it takes what the others have enqueued,
+    joins it, and gives each member one piece, everything but its own lines. One more waits for its turn, to take what
+    is enqueued meanwhile; the rest enqueue their block and go back to reading. So all members see one order, a round
+    costs one send a member, and nobody broadcasts for ever.
+    A send never blocks: what a socket does not take goes into its client's outbox, which the server thread flushes.
+    While somebody is a slow consumer (has a large outbox), everyone else may spend a budget and then waits, so a flood
+    runs at the pace of the slowest reader, and nothing is lost. A reader below the floor is evicted.
 
 To read it
-    Lines, batches, members, the room, people and the server are the chat. The sections behind them, up to the command
-    line, are off until asked for, and can be skipped.
+    Lines, Members, Room, People and Server are the chat. The sections behind them, up to the command line, are off
+    until asked for, and can be skipped.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (needed := (3, 9)):  # Python 3.7 and older end here: this needs 3.9 or newer, try python3
+    sys.exit("This needs Python 3.9 or newer: try python3, or py on Windows.")
 
 import argparse
 import collections
 import contextlib
 import datetime
+import enum
 import errno
 import functools
-import hmac
 import ipaddress
 import itertools
-import json
 import os
 import re
-import secrets
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, Union
-from urllib.parse import SplitResult, unquote, urlsplit
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Union
 
 if TYPE_CHECKING:
     import ssl  # at run time only where somebody asks for TLS: some Pythons have none
@@ -72,99 +70,25 @@ __version__ = "1.0"
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 12000
-EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - to listen on only if asked for
-
 READ_BYTES = 65_536  # what a handler reads at once: a quarter of it costs a quarter of the speed, more gains nothing
 MAX_LINE_BYTES = 65_536  # between line ends, before cleaning; never more than READ_BYTES, see Framer.feed
-SILENCE_SECONDS = 1.0  # after which a peer that never sends a newline has finished its line
-
-ROUND_BYTES = 65_536, 1_048_576  # least and most that one turn relays
-ROUND_DELIVERED_BYTES = 33_554_432  # between the two: what a turn delivers to all members together
-PORTION_MIN_BYTES = 256  # the least a handler puts down at once, where there is more
-QUEUE_BYTES = 2_097_152  # what may wait for a turn, but for small portions: those of long lines are many times a round
-SHARE_MAX_BYTES = 262_144  # what one client may say while somebody is late: this at most,
-SHARES_BYTES = 8_388_608  # all clients together this at most (and a quarter as much again newcomers and long lines),
-SHARES_DELIVERED_BYTES = 1_073_741_824  # and this at most, times its readers
-
-LATE_BYTES = 1_048_576  # a client with a larger backlog is late ...
-ON_TIME_BYTES = LATE_BYTES // 2  # ... until it is under this
-# Whose backlog is larger is let go. Nobody's can be: when the first becomes late, none has more than LATE_BYTES and a
-# round, 2 MiB; the queue has QUEUE_BYTES and small portions; shares and the common pot are 10 MiB.
-MAX_BACKLOG_BYTES = 16_777_216
-FLOOR_BYTES = 131_072  # what somebody late must take in so many seconds, else it is let go:
-FLOOR_SECONDS = 5
-STALL_SECONDS = 30  # in which somebody with any backlog must take something, else it is let go
-POUR_BYTES = 524_288  # who has said as much since it last took anything has FLOOR_SECONDS only
-FLUSH_BYTES = 262_144  # sent to one client before the next has its turn: a typist must not wait for a backlog
-MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
-SMALL_BYTES = 4_096  # pieces under this are joined in a backlog: as objects they would take many times their bytes
-MAX_PIECES = 1_024  # in one sendmsg: IOV_MAX on Linux and macOS
-
-WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
-HISTORY_BLOCK_BYTES = 65_536  # a smaller last block is joined with what follows: newcomers get few pieces
-HISTORY_BYTES = 1_048_000  # said to a newcomer at most: it must not be late with that alone
-DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
-LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
-LINGER_BYTES = 1_048_576  # thrown away meanwhile
-KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
-STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
-WRITER_SECONDS = 0.4  # in which the last lines must be shown and logged then
-LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
-ACCEPTS_A_PASS = 64  # before backlogs have their turn again
-SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
-STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
-NAME_CHARACTERS = 24  # of a name at most
-UNCOMPOSED_CHARACTERS = 4 * NAME_CHARACTERS + 1  # more than become a name: at most four compose one
-WHO_SHOWN = 50  # labels in one answer to /who
-QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
-REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
-
-WAITING_MAX = 1_000, 100  # who has yet to finish the handshake or say the password: in all, and of one host
-PASSWORD_SECONDS = 30.0  # in which it must be said,
-PASSWORD_TRIES = 3  # in so many tries,
-WRONG_SECONDS = 1.0  # each of which costs as much
-BURST_SECONDS = 10  # with --rate, what a client may say at once after a silence: as much as in so many seconds
-PACED_READ_BYTES = 256  # read at once with --rate: what a client may not say yet stays unread
-
-DISCOVERY_GROUP = "239.255.109.99"  # and the port: see Discovery
-DISCOVERY_PORT = 12000
-QUESTION_BYTES = 128  # of each question, and more than any answer has: nobody can use us to send a third party more
-ANSWERS_A_SECOND = 20  # a class that comes at once finds the server in two seconds
-DATAGRAMS_A_PASS = 16  # read before accepting and backlogs have their turn again
-DATAGRAMS_A_SECOND = 5_000  # a flood of more is left to the system, which drops it: a few per cent of a processor
-
-HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
-TLS_PIECE_BYTES = 65_536  # encrypted at once, of what one client is given: each late one keeps as much ciphertext
-TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
-TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer, unsent or at once: hundreds of new keys
-X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
-
-NATS_PORT = 4222
-SERVER_NAME_CHARACTERS = 32  # with a suffix and a person's name no longer than clients take for a label
-LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
-LINK_UNCONFIRMED = 8  # messages at most that NATS may not have: what is lost with it
-LINK_WORDS_BYTES = 65_536  # of what is no message: what NATS says of itself is the longest
-LINK_ASK_SECONDS = 0.5  # in which another server of our name has said so
-LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to give one; also to take the connection, and us
-LINK_PAUSES = 0.5, 10.0  # seconds before trying to connect again: at first, doubling up to this
-HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
-SERVERS_REMEMBERED = 10_000  # a stranger may make up more
-
-LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
-TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
-
 
 # --- Lines: from what a peer sent to lines that are safe on anybody's screen ------------------------------------------
 
+SILENCE_SECONDS = 1.0  # after which a peer that never sends a newline has finished its line
+LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
+PARSED_BYTES = 16_384  # at once, of what is not plain: a list of all its lines takes many times their bytes
 PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])
 # IAC and WILL..DONT with an option, or a command alone: RFC 854. A newline always ends the line.
 TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+COMMAND_WORD = rb"/[A-Za-z][^ \t\n/]*(?=[ \t\n])"
 # A search is ten times faster when its first character is a plain one: hence the newline, not "^".
-UNUSUAL = re.compile(rb"\n(?:[\n\t /]|exit[\n\t ])")  # blank, perhaps exit, perhaps a command
-Spoken = tuple[bytes, str]  # lines to be relayed, and the command behind them, empty if there is none
-COMMAND = re.compile(rb"/[a-z]+(?![^ \t])")
+UNUSUAL = re.compile(rb"\n(?=[\t \n/eE])[\t ]*(?:\n|/?%s|(?i:exit)[\t ]*\n)" % COMMAND_WORD)
+BLANK_LINES = re.compile(rb"\n(?:[\t ]*\n)+")
+COMMAND = re.compile(rb"\n[\t ]*(?:(%s[^\n]*)|(?i:exit)[\t ]*)(?=\n)" % COMMAND_WORD)
+ESCAPED = re.compile(rb"(\n[\t ]*)/(?=%s)" % COMMAND_WORD)
 
 
 class Framer:
@@ -175,15 +99,15 @@ class Framer:
         self._return = b""  # a last "\r": the next byte tells whether it ends a line
         self._skipping = False  # the unfinished line has passed the limit
         self._sends_newlines = False
-        self._piece_was_typed = True  # the last piece was one character, as from telnet in character mode
+        self._is_typed = False  # a piece was a single character: somebody types key by key
 
     @property
     def ends_by_silence(self) -> bool:
-        """Whether silence would end the unfinished line: its sender has never sent a newline, and not just a key."""
-        return not (self._sends_newlines or self._piece_was_typed) and bool(self._partial or self._skipping)
+        """Whether silence would end the unfinished line: its sender has never sent a newline, nor a single key."""
+        return not (self._sends_newlines or self._is_typed) and bool(self._partial or self._skipping)
 
     def feed(self, data: bytes) -> tuple[bytes, bool]:
-        """Take READ_BYTES at most; return the whole lines, each with ``\\n``, and whether a line has got too long.
+        """Take READ_BYTES at most; return the whole lines, each with ``\n``, and whether a line has got too long.
 
         A line is reported too long once, when it passes the limit, and is left out. As no more is fed at once than a
         line may hold, only the first line of the block can be too long.
@@ -197,7 +121,7 @@ class Framer:
         end = data.rfind(b"\n") + 1
         if not end:
             if not self._sends_newlines:
-                self._piece_was_typed = len(TELNET.sub(b"", data).decode("utf-8", "replace")) < 2
+                self._is_typed |= len(TELNET.sub(b"", data).decode("utf-8", "replace")) == 1
             return b"", self._keep(data)
         self._sends_newlines = True
         first = data.index(b"\n") + 1
@@ -233,34 +157,43 @@ def clean(block: bytes) -> bytes:
     return FORBIDDEN.sub("\ufffd", text).encode()
 
 
-def spoken(block: bytes) -> Iterator[Spoken]:
-    """Yield lines of a block that are to be relayed, clean, and the command behind them; it is empty at the end.
+def corrected(block: bytes) -> bytes:
+    """Return the lines of ``block`` without what Backspace and DEL take away: the character before, if there is one."""
+    if b"\b" not in block and b"\x7f" not in block:
+        return block
+    kept: list[str] = []
+    for character in TELNET.sub(b"", block).decode("utf-8", "surrogateescape"):
+        if character not in "\b\x7f":
+            kept.append(character)
+        elif kept and kept[-1] != "\n":
+            kept.pop()
+    return "".join(kept).encode("utf-8", "surrogateescape")
 
-    ``exit`` comes as the command ``/quit``, and nothing after it. Costs for 64 KiB, in lines of 32 bytes: 60 us for
-    ASCII, 260 us for Chinese; 4 ms for bytes chosen to cost the most. Labels cost 30 us more.
+
+def parse(block: bytes) -> Iterator[tuple[bytes, str]]:
+    """Yield lines of ``block`` to be relayed, clean, and the command after them, or an empty one.
+
+    ``exit`` is the command ``/quit``, and nothing comes after it. Costs for 64 KiB, in lines of 32 bytes: 80 us for
+    ASCII, 280 us for Chinese; milliseconds for bytes chosen to cost the most, for which the handler pays: see Work.
     """
-    block = clean(block)
-    if not UNUSUAL.search(b"\n" + block):
+    if not block.translate(None, PLAIN) and not UNUSUAL.search(b"\n" + block):
         yield block, ""
         return
-    lines: list[bytes] = []
-    for found in re.finditer(rb"[^\n]*\n", block):  # a list of all lines would stay while commands run
-        line = found[0][:-1]
-        words = line.strip(b" \t")
-        if words == b"exit":
-            yield b"".join(lines), "/quit"
-            return
-        if COMMAND.match(line):
-            yield b"".join(lines), line.decode()
-            lines.clear()
-        elif words:
-            is_escaped = line.startswith(b"//") and COMMAND.match(line, 1)
-            lines.append((line[1:] if is_escaped else line) + b"\n")
-    yield b"".join(lines), ""
+    while block:
+        some = front(block, PARSED_BYTES)
+        block = block[len(some) :]
+        text = BLANK_LINES.sub(b"\n", b"\n" + clean(corrected(some)))
+        start = 0  # of the newline before what is left
+        for found in COMMAND.finditer(text):
+            yield ESCAPED.sub(rb"\1", text[start : found.start() + 1])[1:], (found[1] or b"/quit").decode()
+            if not found[1]:
+                return
+            start = found.end()
+        yield ESCAPED.sub(rb"\1", text[start:])[1:], ""
 
 
 def front(lines: bytes, size: int) -> bytes:
-    """Return the first of ``lines``: as many as ``size`` bytes hold, but one at least."""
+    """Return the first of ``lines``: as many as ``size`` bytes hold, but at least one."""
     if len(lines) <= size:
         return lines
     return lines[: lines.rfind(b"\n", 0, size) + 1 or lines.index(b"\n") + 1]
@@ -282,126 +215,57 @@ def labelled(label: str, lines: bytes, size: int) -> tuple[bytes, bytes]:
     return block, lines[taken:]
 
 
-# --- A batch: what one turn relays, and each member's view of it ------------------------------------------------------
+# --- Members: who is given every round, and must not hold up anyone ---------------------------------------------------
 
-
-class Batch:
-    """The blocks of several speakers, joined, of which each member gets everything but its own lines."""
-
-    def __init__(self, blocks: Sequence[tuple[Speaker | None, bytes]]) -> None:
-        """Join blocks; one that nobody speaks is a notice to all."""
-        self._blocks = blocks
-        self._joined = b"".join(block for _, block in blocks)
-        whole = memoryview(self._joined)
-        self._for_listeners: Sequence[memoryview] = (whole,)
-        self._for_speakers: dict[Member, Sequence[memoryview]] = {}  # each has one block: Room._queued
-        start = 0
-        for speaker, block in blocks:
-            end = start + len(block)
-            if speaker is None:
-                start = end
-                continue
-            pieces = [piece for piece in (whole[:start], whole[end:]) if piece]
-            if pieces and 2 * len(block) > len(whole):
-                # A copy: a backlog of small views would keep all of its owner's own lines in memory.
-                pieces = [memoryview(b"".join(pieces))]
-            self._for_speakers[speaker] = pieces
-            start = end
-
-    def besides(self, member: Member) -> Sequence[memoryview]:
-        """Return the pieces for ``member``: views, so that a thousand backlogs hold the bytes once."""
-        return self._for_speakers.get(member, self._for_listeners)
-
-    def spoken(self) -> bytes:
-        """Return the lines that people said: no notices, neither ours nor, from a speaker without a label, others'."""
-        if all(speaker and speaker.label for speaker, _ in self._blocks):
-            return self._joined
-        return b"".join(
-            block if speaker.label else re.sub(rb"(?m)^\* .*\n", b"", block)
-            for speaker, block in self._blocks
-            if speaker
-        )
-
-
-class History:
-    """The last lines that were said, for newcomers, who share the bytes. Keeping it costs no work a line."""
-
-    def __init__(self, lines: int) -> None:
-        self._lines = lines
-        # Blocks of whole lines, and how many, or None if they were not counted yet.
-        self._blocks: collections.deque[tuple[memoryview, int | None]] = collections.deque()
-        self._bytes = 0
-
-    def add(self, batch: Batch) -> None:
-        """Keep a batch, and no more before it than may be told."""
-        spoken = batch.spoken() if self._lines else b""
-        if spoken:
-            self._blocks.append((memoryview(spoken), None))
-            self._bytes += len(spoken)
-            while self._bytes - len(self._blocks[0][0]) >= HISTORY_BYTES:
-                self._bytes -= len(self._blocks.popleft()[0])
-
-    def told(self) -> list[memoryview]:
-        """Return the last lines between a heading and an end, nothing if there are none."""
-        self._join_new_blocks()
-        count = self._cut()
-        if not count:
-            return []
-        heading = f"* the last {count} lines:\n" if count > 1 else "* the last line:\n"
-        return [memoryview(heading.encode()), *(block for block, _ in self._blocks), memoryview(b"* live from here\n")]
-
-    def _join_new_blocks(self) -> None:
-        """Make one block of those that were not told yet, with the last one before them if that is small."""
-        new: collections.deque[memoryview] = collections.deque()
-        while self._blocks and self._blocks[-1][1] is None:
-            new.appendleft(self._blocks.pop()[0])
-        if new:
-            if self._blocks and len(self._blocks[-1][0]) < HISTORY_BLOCK_BYTES:
-                new.appendleft(self._blocks.pop()[0])
-            joined = b"".join(new)
-            self._blocks.append((memoryview(joined), joined.count(b"\n")))
-
-    def _cut(self) -> int:
-        """Take away the first lines of those that are too many, or too many bytes; return how many are left."""
-        count = sum(lines or 0 for _, lines in self._blocks)
-        while self._blocks and count - (self._blocks[0][1] or 0) >= self._lines:
-            block, lines = self._blocks.popleft()
-            self._bytes -= len(block)
-            count -= lines or 0
-        if self._blocks and (count > self._lines or self._bytes > HISTORY_BYTES):
-            block, lines = self._blocks.popleft()
-            rest = bytes(block).split(b"\n", max(0, count - self._lines))[-1]
-            too_many = self._bytes - len(block) + len(rest) - HISTORY_BYTES
-            if too_many > 0:
-                rest = rest[rest.find(b"\n", too_many - 1) + 1 :]
-            self._bytes -= len(block) - len(rest)
-            count -= (lines or 0) - rest.count(b"\n")
-            self._blocks.appendleft((memoryview(rest), rest.count(b"\n")))
-        return count
-
-
-# --- Members: who is given every batch, and must not hold up anyone ---------------------------------------------------
+SMALL_BYTES = 4_096  # pieces below this are joined in an outbox: as objects they would take many times their bytes
+MAX_PIECES = 1_024  # in one sendmsg: IOV_MAX on Linux and macOS
+FLUSH_BYTES = 262_144  # sent to one client before the next has its turn: a typist must not wait for an outbox
+FLOOR_BYTES = 131_072  # what a slow consumer must take in so many seconds, else it is evicted:
+FLOOR_SECONDS = 5
+STALL_SECONDS = 30  # in which anybody with an outbox must take something, else it is evicted
+POUR_BYTES = 524_288  # who has sent as much since it last took anything has FLOOR_SECONDS only
+DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
+LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
+LINGER_BYTES = 1_048_576  # thrown away meanwhile
+VANISHED_SECONDS = 60  # in which a peer must acknowledge what it was sent, or is found to be gone
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
+WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
+TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
+OTHER_PROTOCOL = re.compile(rb"[^\n]* (?:HTTP|RTSP|SIP)/\d(?:\.\d)?\n")
+OTHER_ANSWER = (
+    b"HTTP/1.0 400 This is a chat\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This is a chat server. Join it with: python mychatclient.py HOST PORT\r\n"
+)
 
 
 class Member(Protocol):
     """What the room knows of those in it."""
 
     def give(self, pieces: Sequence[memoryview]) -> int:
-        """Take pieces to send on; never block, never raise. Return the bytes that had to wait: the backlog."""
+        """Take pieces to send on; never block, never raise. Return the bytes that had to wait: the outbox."""
 
 
 class Speaker(Member, Protocol):
     """What the room knows of those who say something: people, and the link to other servers."""
-
-    said: int  # bytes, all told
 
     @property
     def label(self) -> str:
         """What stands before each of its lines."""
 
     @property
-    def leaving(self) -> bool:
-        """Whether nothing more is taken from it."""
+    def gone(self) -> bool:
+        """Whether nobody is there to wait any more until it may speak."""
+
+
+class Deadline:
+    """A moment, so many seconds from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._at = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Return the seconds that are left, 0 when there are none."""
+        return max(0.0, self._at - time.monotonic())
 
 
 def ready(sock: socket.socket, events: int, seconds: float) -> int:
@@ -412,51 +276,72 @@ def ready(sock: socket.socket, events: int, seconds: float) -> int:
         return sum(found for _, found in selector.select(seconds))
 
 
-# The states of a client: never back.
-OPEN = 0
-LOST = 1  # a send has found the peer gone: nothing is sent any more, what came before is read
-FINISHING = 2  # nothing is taken or read any more; the last of the backlog is followed by end-of-file
-ENDED = 3  # let go: nothing is sent either
+def host_key(address: tuple[str, int]) -> str:
+    """Return what stands for the host of an address: with IPv6 its /64, in which one host can take any address."""
+    network = ipaddress.ip_interface(f"{address[0].partition('%')[0]}{'/64' if ':' in address[0] else ''}").network
+    return str(network)
+
+
+class State(enum.IntEnum):
+    """What may still be done with a connection. It only ever increases."""
+
+    OPEN = 0
+    LOST = 1  # a send has found the peer gone: nothing is sent any more, what came before is read
+    LEAVING = 2  # nothing is taken or read any more; end-of-file follows the outbox
+    EVICTED = 3  # nothing is sent either
 
 
 class Client:
-    """One peer: its socket, its label and its backlog."""
+    """One peer: its socket, its label and its outbox.
 
-    label = ""  # set when it joins, and by /nick, with the turn held
-    heard_from: Client | None = None  # who last wrote to it privately; set with the turn held
+    With a codec, all that goes through the socket is encrypted: what is given before it enters the outbox, and what is
+    read before anyone sees it.
+    """
 
-    def __init__(self, sock: socket.socket, address: tuple[str, int], on_backlog: Callable[[Client], None]) -> None:
+    label = ""  # set when it joins, and by /nick, with the room's queue lock held
+    heard_from: Client | None = None  # who last wrote to it privately
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        address: tuple[str, int],
+        on_outbox: Callable[[Client], None],
+        codec: Codec | None = None,
+    ) -> None:
         self.address = address
-        self.deadline: float | None = None  # for what it must send before it may enter
-        self.said = 0  # bytes, all told; only its handler counts
         self._sock = sock
-        self._on_backlog = on_backlog
+        self._on_outbox = on_outbox
+        # Only the handler sets what follows.
+        self.deadline: Deadline | None = None  # for what it must send before it may enter
+        self.read_bytes = READ_BYTES  # at once
+        self.bytes_received = 0
         # Guards what follows, and the socket but for reading: nobody uses it once it is closed. Innermost lock.
         self._lock = threading.Lock()
-        self._backlog: collections.deque[memoryview] = collections.deque()
-        self.behind = 0  # bytes in the backlog; others read it, and the next two, without the lock
-        self.had_backlog = False  # the server thread has been asked to send for it
-        self._state = OPEN
-        self._taken = 0  # bytes of a backlog, since the last note
-        self._said_at_taking = 0  # what it had said when it last took anything
+        self._codec = codec
+        self._outbox: collections.deque[memoryview] = collections.deque()
+        self.outbox_bytes = 0  # others read this, and the next two, without the lock
+        self.had_outbox = False  # the server thread has been asked to flush it
+        self._state = State.OPEN
+        self._taken = 0  # bytes of an outbox, since the last note
+        self._received_when_taking = 0  # what had been received when it last took anything
         # Only the server thread uses what follows.
         self._notes: collections.deque[int] = collections.deque(maxlen=STALL_SECONDS)  # taken in each second
-        self._noted_late = False
-
-    @property
-    def leaving(self) -> bool:
-        """Whether nothing more is read from it."""
-        return self._state >= FINISHING
+        self._was_slow = False
 
     @property
     def gone(self) -> bool:
         """Whether nobody is there to hear anything more."""
-        return self._state > OPEN
+        return self._state > State.OPEN
 
     @property
-    def ended(self) -> bool:
-        """Whether it was let go."""
-        return self._state is ENDED
+    def leaving(self) -> bool:
+        """Whether nothing more is read from it."""
+        return self._state >= State.LEAVING
+
+    @property
+    def evicted(self) -> bool:
+        """Whether its outbox was thrown away."""
+        return self._state is State.EVICTED
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -465,63 +350,56 @@ class Client:
     # Called from any thread
 
     def give(self, pieces: Sequence[memoryview]) -> int:
-        """Send pieces, or what the socket does not take of them later; return the bytes in the backlog."""
-        if not pieces:
-            return 0
-        size = sum(map(len, pieces))
+        """Send pieces, or put into the outbox what the socket does not take; return the bytes in the outbox."""
         with self._lock:
-            was_behind = self.behind > 0
-            sent = 0 if was_behind or self._state > OPEN else self._send(pieces)
-            if sent:
-                self._said_at_taking = self.said
-            if sent == size or self._state > OPEN:
-                return 0
-            if was_behind and size < SMALL_BYTES > len(self._backlog[-1]):
-                pieces = [memoryview(b"".join((self._backlog.pop(), *pieces)))]
-            self._backlog.extend(pieces)
-            self.behind += size
-            self._advance(sent)
-            self.had_backlog = True
-        if not was_behind:
-            self._on_backlog(self)
-        return self.behind
+            if pieces and not self.gone:
+                self._put(self._codec.encrypted(pieces) if self._codec else pieces)
+            return self.outbox_bytes
 
-    def finish(self) -> None:
-        """Take no more; once the backlog is sent, end the stream in this direction. Does not block."""
-        with self._lock:
-            self._state = max(self._state, FINISHING)
-            if not self._backlog:
-                self._shut(socket.SHUT_WR)
-
-    def end(self) -> None:
-        """Give up the connection and its backlog; wakes a blocked ``blocks``. Does not block, may be repeated."""
-        with self._lock:
-            self._give_up(ENDED)
+    def say(self, *notices: str) -> int:
+        """Give lines of our own; return the bytes in the outbox."""
+        return self.give([memoryview("".join(f"{notice}\n" for notice in notices).encode())])
 
     def flush(self) -> int:
-        """Send FLUSH_BYTES of the backlog at most, as far as the socket takes them; return what is left."""
+        """Send FLUSH_BYTES of the outbox at most, as far as the socket takes them; return what is left."""
         with self._lock:
-            if self._backlog:
+            if self._outbox:
                 sent = self._send(self._first(FLUSH_BYTES))
                 self._taken += sent
-                if sent:
-                    self._said_at_taking = self.said
                 self._advance(sent)
-                if self._state > OPEN and not self._backlog:
+                if self.gone and not self._outbox:
                     self._shut(socket.SHUT_WR)
-            return self.behind
+            return self.outbox_bytes
+
+    def finish(self) -> None:
+        """Take no more; once the outbox is sent, end the stream in this direction. Does not block."""
+        with self._lock:
+            if self._state is State.OPEN and self._codec:
+                self._put(self._codec.ended())
+            self._state = max(self._state, State.LEAVING)
+            if not self._outbox:
+                self._shut(socket.SHUT_WR)
+
+    def evict(self) -> None:
+        """Give up the connection and its outbox; wakes a blocked ``recv``. Does not block, may be repeated."""
+        with self._lock:
+            self._give_up(State.EVICTED)
 
     # Runs in the server thread
 
-    def under_floor(self, late: bool) -> bool:
-        """Note what was taken since the last call, a second ago; return whether that is too little to be kept."""
-        if late != self._noted_late:
+    def note(self, is_slow: bool) -> None:
+        """Note what was taken since the last call, a second ago."""
+        if is_slow != self._was_slow:
             self._notes.clear()
         self._notes.append(self._taken)
-        self._noted_late, self._taken = late, 0
-        pours = self.said - self._said_at_taking >= POUR_BYTES
-        seconds = FLOOR_SECONDS if late or pours else STALL_SECONDS
-        return len(self._notes) >= seconds and sum(list(self._notes)[-seconds:]) < (FLOOR_BYTES if late else 1)
+        self._was_slow, self._taken = is_slow, 0
+
+    def is_below_floor(self) -> bool:
+        """Return whether it took too little to be kept, as it was noted."""
+        pours = self.bytes_received - self._received_when_taking >= POUR_BYTES
+        seconds = FLOOR_SECONDS if self._was_slow or pours else STALL_SECONDS
+        wanted = FLOOR_BYTES if self._was_slow else 1
+        return len(self._notes) >= seconds and sum(list(self._notes)[-seconds:]) < wanted
 
     # Runs in the handler thread
 
@@ -531,92 +409,121 @@ class Client:
         # may hand on the listener's non-blocking mode). Windows has no MSG_DONTWAIT: there the socket never blocks.
         self._sock.setblocking(sys.platform != "win32")
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Who has vanished must not keep its name for ever.
+        # Who has vanished must not keep its name for ever: idle, or with something on its way to it.
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE.items():
+        for name, value in {**KEEPALIVE, "TCP_USER_TIMEOUT": VANISHED_SECONDS * 1_000}.items():
             with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
                 self._sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-    def blocks(self, size: int = READ_BYTES) -> Iterator[tuple[bytes, bool]]:
-        """Yield blocks of whole lines as ``Framer.feed`` does, until end-of-file, a reset, ``finish`` or ``end``.
+    def blocks(self) -> Iterator[tuple[bytes, bool]]:
+        """Yield blocks of whole lines as ``Framer.feed`` does, until end-of-file, a reset, ``finish`` or ``evict``.
 
-        Blocks in ``recv``, of ``size`` bytes at most, up to the client's deadline if it has one. An unfinished last
-        line is yielded at end-of-file, not at a reset.
+        Blocks in ``recv``, up to the client's deadline if it has one. An unfinished last line is yielded at
+        end-of-file, not at a reset. What begins like another protocol is no chat, and none of it is yielded.
         """
         framer = Framer()
-        head = b""
+        head = b""  # what came up to the first line's end
         while True:
-            if framer.ends_by_silence and not self.has_input(SILENCE_SECONDS):
+            if framer.ends_by_silence and not ready(self._sock, selectors.EVENT_READ, SILENCE_SECONDS):
                 yield framer.rest(), False
                 continue
             try:
-                data = self.recv(size)
+                data = self.recv(self.read_bytes)
             except OSError:  # reset: the peer left in the middle of something; or its time is up
                 return
             if self.leaving:
                 return
             if not data:
                 with self._lock:  # a send that has just been told of a reset has left end-of-file to recv
-                    open_to_the_end = self._state is OPEN
-                if open_to_the_end:
+                    is_open_to_the_end = not self.gone
+                if is_open_to_the_end:
                     yield framer.rest(), False
                 return
-            if len(head) < 2:
-                head += data[:2]
+            self.bytes_received += len(data)
+            is_first = b"\n" not in head
+            if is_first:
+                head = (head + data)[:READ_BYTES]
                 if head.startswith(TLS_HELLO):
                     return
-            yield framer.feed(data)
-
-    def has_input(self, seconds: float) -> bool:
-        """Wait for input, so long at most; return whether there is any, or the end."""
-        return bool(ready(self._sock, selectors.EVENT_READ, seconds))
+            block, too_long = framer.feed(data)
+            if is_first and OTHER_PROTOCOL.match(block):
+                self.give([memoryview(OTHER_ANSWER)])
+                return
+            yield block, too_long
 
     def recv(self, size: int) -> bytes:
-        """Wait for input and return it, ``size`` bytes at most, none at end-of-file.
+        """Wait for input and return it, of ``size`` bytes on the wire at most, empty at end-of-file.
 
         Raises OSError at a reset, and when the deadline passes.
         """
-        if self.deadline is not None:
-            seconds = self.deadline - time.monotonic()
-            if seconds <= 0 or not ready(self._sock, selectors.EVENT_READ, seconds):
+        while not (self._codec and self._codec.at_end):
+            if self.deadline and not ready(self._sock, selectors.EVENT_READ, self.deadline.left()):
                 raise TimeoutError
-        if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
-            while not ready(self._sock, selectors.EVENT_READ, 1.0) and not self.leaving:
-                pass
-        return self._sock.recv(size)
+            if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
+                while not ready(self._sock, selectors.EVENT_READ, 1.0) and not self.leaving:
+                    pass
+            data = self._sock.recv(size)
+            if not self._codec:
+                return data
+            with self._lock:
+                text = self._codec.decrypted(data)
+                self._put(self._codec.output())  # what TLS itself has to answer
+            if text is not None:
+                return text
+        return b""
+
+    def shake_hands(self, seconds: float) -> None:
+        """Do the codec's handshake, if there is one. Blocks so many seconds at most; raises OSError, Refused."""
+        if self._codec:
+            self._codec.shake_hands(self._sock, Deadline(seconds))
 
     def drain(self) -> None:
-        """Send the backlog and end-of-file, and let the peer close first: its input, unread, would reset both.
+        """Send the outbox and end-of-file, and let the peer close first: its input, unread, would reset both.
 
         Blocks DRAIN_SECONDS for the one and LINGER_SECONDS for the other at most. The server thread must have
-        forgotten the socket. What comes is thrown away, from the first on: the peer may not read until it has sent all.
+        forgotten the socket.
         """
         self.finish()
-        deadline, drained, thrown_away = time.monotonic() + DRAIN_SECONDS, False, 0
-        events = selectors.EVENT_READ | selectors.EVENT_WRITE
+        draining = Deadline(DRAIN_SECONDS)
+        while self.flush() and ready(self._sock, selectors.EVENT_WRITE, draining.left()):
+            pass
+        lingering, thrown_away = Deadline(LINGER_SECONDS), 0
         with contextlib.suppress(OSError):  # the peer is gone: that is what this waits for
-            while events and thrown_away < LINGER_BYTES and (seconds := deadline - time.monotonic()) > 0:
-                if not drained and not self.flush():
-                    drained = True
-                    deadline = time.monotonic() + LINGER_SECONDS
-                    events &= selectors.EVENT_READ
-                elif ready(self._sock, events, min(1.0, seconds)) & selectors.EVENT_READ:
-                    data = self._sock.recv(READ_BYTES)
-                    thrown_away += len(data) if drained else 0
-                    events &= ~selectors.EVENT_READ if not data else events
+            while thrown_away < LINGER_BYTES and ready(self._sock, selectors.EVENT_READ, lingering.left()):
+                data = self._sock.recv(READ_BYTES)
+                if not data:
+                    return
+                thrown_away += len(data)
 
     def close(self) -> None:
         """Close the socket. The server thread must have forgotten it: the descriptor is used again."""
-        self.end()
+        self.evict()
         with self._lock:
             self._sock.close()
 
     # Call with the lock held
 
+    def _put(self, pieces: Sequence[memoryview]) -> None:
+        """Send pieces; what the socket does not take goes into the outbox, for the server thread to flush."""
+        assert self._lock.locked()  # noqa: S101 - a precondition that runs
+        was_empty = not self._outbox
+        sent = self._send(pieces) if was_empty and pieces else 0
+        size = sum(map(len, pieces))
+        if sent == size or self._state in (State.LOST, State.EVICTED):
+            return
+        if not was_empty and size < SMALL_BYTES > len(self._outbox[-1]):
+            pieces = [memoryview(b"".join((self._outbox.pop(), *pieces)))]
+        self._outbox.extend(pieces)
+        self.outbox_bytes += size
+        self._advance(sent)
+        if was_empty:
+            self.had_outbox = True
+            self._on_outbox(self)
+
     def _first(self, size: int) -> list[memoryview]:
-        """Return ``size`` bytes at most from the backlog's front."""
+        """Return at most ``size`` bytes from the outbox's front."""
         pieces: list[memoryview] = []
-        for piece in itertools.islice(self._backlog, MAX_PIECES):
+        for piece in itertools.islice(self._outbox, MAX_PIECES):
             pieces.append(piece[:size])
             size -= len(piece)
             if size <= 0:
@@ -627,27 +534,30 @@ class Client:
         """Send pieces; return how many bytes the socket took. Give up when the peer is gone."""
         try:
             if sys.platform == "win32":
-                return self._sock.send(b"".join(pieces))
-            return self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
+                sent = self._sock.send(b"".join(pieces))
+            else:
+                sent = self._sock.sendmsg(pieces[:MAX_PIECES], (), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
         except OSError as error:
             if error.errno != errno.ENOBUFS:  # the system's, not the peer's trouble: it will pass
-                self._give_up(LOST)
+                self._give_up(State.LOST)
             return 0
+        self._received_when_taking = self.bytes_received
+        return sent
 
     def _advance(self, sent: int) -> None:
-        """Take so many bytes from the backlog's front."""
-        self.behind -= sent
-        while sent and sent >= len(self._backlog[0]):
-            sent -= len(self._backlog.popleft())
+        """Take so many bytes from the outbox's front."""
+        self.outbox_bytes -= sent
+        while sent and sent >= len(self._outbox[0]):
+            sent -= len(self._outbox.popleft())
         if sent:
-            self._backlog[0] = self._backlog[0][sent:]
+            self._outbox[0] = self._outbox[0][sent:]
 
-    def _give_up(self, state: int) -> None:
+    def _give_up(self, state: State) -> None:
         self._state = max(self._state, state)
-        self._backlog.clear()
-        self.behind = 0
+        self._outbox.clear()
+        self.outbox_bytes = 0
         self._shut(socket.SHUT_RDWR)
 
     def _shut(self, how: int) -> None:
@@ -658,12 +568,13 @@ class Client:
 class Writer:
     """A member that only listens, with a queue and a thread of its own: the console, the log, and what goes wrong.
 
-    It makes nobody late: what is over WRITER_BYTES in the queue is counted and said, not written.
+    It makes nobody wait: what is over WRITER_BYTES in the queue is counted and said, not written.
     """
 
-    MISSED = "not shown"
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, write: Callable[[bytes], None], missed: str = "not shown") -> None:
+        """Write by ``write``, which takes whole lines, may block, and may raise OSError: they count as missed."""
+        self._write = write
+        self._missed = missed
         # Guards what follows; notified when there is something to do.
         self._changed = threading.Condition()
         self._queue: list[memoryview] = []
@@ -673,7 +584,10 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
+    # Called from any thread
+
     def give(self, pieces: Sequence[memoryview], limit: int = WRITER_BYTES) -> int:
+        """Queue pieces; when more than ``limit`` waits, count their lines as missed. Does not block; returns 0."""
         with self._changed:
             if self._bytes > limit:
                 self._lines_missed += sum(bytes(piece).count(b"\n") for piece in pieces)
@@ -688,7 +602,7 @@ class Writer:
         self.give([memoryview(f"{text}\n".encode("utf-8", "replace"))], 2 * WRITER_BYTES)
 
     def close(self) -> None:
-        """Have the thread end behind the last of the queue. Does not block."""
+        """Have the thread end after the last of the queue. Does not block."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -706,137 +620,72 @@ class Writer:
                 if not self._queue:
                     return
                 text = b"".join(self._queue)
-                if self._lines_missed:  # all of them, chat at least, came behind what is in the queue, which was full
-                    text += self._tell_missed(self._lines_missed)
+                if self._lines_missed:  # all of them, chat at least, came after what is in the queue, which was full
+                    text += f"* {self._lines_missed} lines {self._missed}\n".encode()
                 self._queue, self._bytes, self._lines_missed = [], 0, 0
-            missed = self._write(text)
-            with self._changed:
-                self._lines_missed += missed
-
-    def _tell_missed(self, lines: int) -> bytes:
-        """Return the line to write that tells of lines that were missed."""
-        return f"* {lines} lines {self.MISSED}\n".encode()
-
-    def _write(self, text: bytes) -> int:
-        """Write whole lines; block as long as that takes; return how many to count as missed."""
-        raise NotImplementedError
-
-
-class Stream(Writer):
-    """Writes to a descriptor, the console's for example."""
-
-    def __init__(self, descriptor: int) -> None:
-        # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
-        self._file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
-        super().__init__("stream")
-
-    def _write(self, text: bytes) -> int:
-        try:
-            rest = memoryview(text)
-            while rest:
-                if sys.platform != "win32":
-                    os.set_blocking(self._file.fileno(), True)  # it may be shared with a program that sets it otherwise
-                rest = rest[self._file.write(rest) or 0 :]
-        except OSError:  # closed, or the disk is full: chat goes on, and the console too if that changes
-            return text.count(b"\n")
-        return 0
-
-
-class Log(Writer):
-    """Appends to a file, the time before each line.
-
-    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over.
-    """
-
-    MISSED = "not written"
-
-    def __init__(self, path: str, errors: Writer) -> None:
-        """Raise OSError when nothing can be appended to the file."""
-        with open(path, "ab"):
-            pass
-        self._path = path
-        self._errors = errors
-        self._lines_lost = 0  # since it went wrong
-        super().__init__("log")
-
-    def _write(self, text: bytes) -> int:
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds").encode() + b" "
-        stamped = now + text[:-1].replace(b"\n", b"\n" + now) + b"\n"
-        rest = memoryview(stamped)
-        try:
-            with open(self._path, "ab", buffering=0) as file:
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    begun = len(stamped) - len(rest) - (stamped.rfind(b"\n", 0, len(stamped) - len(rest)) + 1)
-                    with contextlib.suppress(OSError):  # it is no file that can be cut
-                        if begun:
-                            file.truncate(file.tell() - begun)  # so much of a line
-                    raise
-        except OSError as error:
-            if not self._lines_lost:
-                self._errors.say(f"Cannot write to {self._path}: {error.strerror}; the chat goes on without a log.")
-            self._lines_lost += bytes(rest).count(b"\n")
-            return 0
-        if self._lines_lost:
-            self._errors.say(f"Writing to {self._path} again: {self._lines_lost} lines were not written.")
-            self._lines_lost = 0
-        return 0
+            try:
+                self._write(text)
+            except OSError:  # closed, or the disk is full: the chat goes on, and so does this if that changes
+                with self._changed:
+                    self._lines_missed += text.count(b"\n")
 
 
 # --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
 
+ROUND_BYTES = 65_536, 1_048_576  # least and most that one round relays
+ROUND_DELIVERED_BYTES = 33_554_432  # between the two: what a round delivers to all members together
+PORTION_MIN_BYTES = 256  # the least a handler enqueues at once, where there is more
+QUEUE_BYTES = 2_097_152  # what may wait for a round, but for small portions: those of long lines are many times a round
+
+# A client with a larger outbox is a slow consumer, until it is below the low-water mark. TLS halves twice what may wait
+# for all: ciphertext is not shared.
+HIGH_WATER_BYTES = 1_048_576
+LOW_WATER_BYTES = HIGH_WATER_BYTES // 2
+BUDGET_BYTES = 4_194_304  # what all together may say while somebody is a slow consumer; one client
+CLIENT_BUDGET_BYTES = 262_144  # this at most
+DELIVERED_BYTES = 1_073_741_824  # and what all that comes to, times its readers
+EPOCH_SECONDS = 60.0  # so long at most: whoever is a slow consumer then is evicted
+REPLY_BYTES = 65_536  # a handler reads on when its client has taken its replies up to this
+# Whose outbox is larger is evicted. Nobody's can be: when the first becomes a slow consumer, none has more than
+# HIGH_WATER_BYTES and a round; the queue has QUEUE_BYTES and small portions; the budget is BUDGET_BYTES twice at most.
+MAX_OUTBOX_BYTES = 16_777_216
+WHO_SHOWN = 50  # labels in one answer to /who
 
 Awaited = TypeVar("Awaited")
 
 
 class Refused(Exception):
-    """Why somebody may not enter, as the text of a notice."""
+    """Why somebody is turned away, as the text of a notice."""
 
 
-def home(address: tuple[str, int]) -> str:
-    """Return what stands for the host of an address: with IPv6 its /64, in which one host can take any address."""
-    network = ipaddress.ip_interface(f"{address[0].partition('%')[0]}{'/64' if ':' in address[0] else ''}").network
-    return str(network)
+class Batch:
+    """What one round relays: blocks of lines, joined, of which each member gets what is not hidden from it."""
 
+    def __init__(self, blocks: Sequence[tuple[bytes, Sequence[Member]]]) -> None:
+        """Join blocks of lines, each with those who do not get it: its speaker, as a rule."""
+        self.lines = b"".join(block for block, _ in blocks)
+        self._whole = memoryview(self.lines)
+        self._for_all = [self._whole]
+        self._hidden: dict[Member, list[tuple[int, int]]] = {}
+        start = 0
+        for block, without in blocks:
+            for member in without:
+                self._hidden.setdefault(member, []).append((start, start + len(block)))
+            start += len(block)
 
-class Places:
-    """So many clients at once, in all and of one host; None is no limit. Called from any thread."""
-
-    def __init__(
-        self, in_all: int | None, of_a_host: int | None, full: str = "server full", who: str = "clients"
-    ) -> None:
-        self._in_all = in_all
-        self._of_a_host = of_a_host
-        self._full, self._who = full, who
-        # Guards what follows. No other lock is taken inside.
-        self._lock = threading.Lock()
-        self._taken = 0
-        self._taken_by_host: collections.Counter[str] = collections.Counter()  # if that is limited
-
-    def take(self, client: Client) -> None:
-        """Take a place for ``client``; raise Refused when there is none."""
-        host = home(client.address) if self._of_a_host is not None else ""
-        with self._lock:
-            if self._in_all is not None and self._taken >= self._in_all:
-                raise Refused(f"{self._full}: {self._taken} of {self._in_all} {self._who}")
-            if self._of_a_host is not None:
-                here = self._taken_by_host[host]
-                if here >= self._of_a_host:
-                    raise Refused(f"too many from your address: {here} of {self._of_a_host} {self._who}")
-                self._taken_by_host[host] += 1
-            self._taken += 1
-
-    def give_back(self, client: Client) -> None:
-        """Give back the place that ``client`` has."""
-        with self._lock:
-            self._taken -= 1
-            if self._of_a_host is not None:
-                host = home(client.address)
-                self._taken_by_host[host] -= 1
-                if not self._taken_by_host[host]:  # or hosts that came once would be kept for ever
-                    del self._taken_by_host[host]
+    def pieces_for(self, member: Member) -> Sequence[memoryview]:
+        """Return the pieces for ``member``: views, so that a thousand outboxes hold the bytes once."""
+        if member not in self._hidden:
+            return self._for_all
+        pieces, start = [], 0
+        for begin, end in (*self._hidden[member], (len(self._whole), 0)):
+            if begin > start:
+                pieces.append(self._whole[start:begin])
+            start = end
+        if 2 * sum(map(len, pieces)) < len(self._whole):
+            # A copy: an outbox of small views would keep all of its owner's own lines in memory.
+            return [memoryview(b"".join(pieces))] if pieces else []
+        return pieces
 
 
 class Room:
@@ -846,34 +695,36 @@ class Room:
         self,
         console: Writer,
         log: Writer | None = None,
-        places: Places | None = None,
+        limit: Limit | None = None,
         quiet: bool = False,
         announce: bool = False,
-        history: int = 0,
+        history: History | None = None,
+        shares_bytes: bool = True,
     ) -> None:
+        """``shares_bytes`` tells whether outboxes hold views of the same bytes; with TLS each has its own."""
         self._console = console
         self._log = log
-        self._places = places or Places(None, None)
         self._announce = announce
-        # The turn: held for a whole round, and by who enters and leaves. Outermost lock. Guards what follows.
+        self._history = history
+        self._link: Link | None = None
+        self._budget_bytes = BUDGET_BYTES if shares_bytes else BUDGET_BYTES // 4
+        # Its holder has the turn: for a whole round, or to enter and leave. Outermost lock. Guards the members.
         self._turn = threading.Lock()
         self._members: list[Member] = [*([] if quiet else [console]), *([log] if log else [])]
-        self._link: Link | None = None
-        self._history = History(history)
         # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
         self._queue_lock = threading.Lock()
-        self._clients: dict[str, Client] = {}  # by label, folded
-        self._queue: collections.deque[tuple[Speaker, bytes, bool]] = collections.deque()  # whose, what, is it to all
+        self._queue: collections.deque[tuple[Speaker | None, bytes, Sequence[Member]]] = collections.deque()
         self._queue_bytes = 0
-        self._closed = False  # nothing more is put down, nobody comes in
-        self._queued: set[Speaker] = set()  # who has a block in the queue: one at most
-        self._turn_is_awaited = False  # somebody waits for the turn, and will take what is put down until then
-        self._waiters: dict[Speaker, threading.Condition] = {}  # handlers that wait to put down, or to be on time
-        self._late: set[Client] = set()
-        # Counted once, when the first becomes late: people who come and go must not make it add up to more.
-        self._share = 0  # what each may put down until nobody is late,
-        self._shares: dict[Speaker, int] = {}  # how much of it is left to whom,
-        self._common = 0  # and what is left for newcomers, and for lines longer than a share
+        self._queued: set[Speaker] = set()  # who has a block in the queue: at most one
+        self._turn_is_awaited = False  # somebody waits for the turn, and will take what is enqueued until then
+        self._waiters: dict[Speaker, threading.Condition] = {}  # handlers that wait for something of what follows
+        self._clients: dict[str, Client] = {}  # by label, folded
+        self._limit = limit
+        self._closed = False  # nothing more is enqueued, nobody comes in
+        self._slow: set[Client] = set()  # the slow consumers; an epoch lasts from the first to the last of them
+        self._epoch = Deadline(0)
+        self._client_budget = 0  # what each may spend in this epoch,
+        self._spent: dict[Speaker | None, int] = {}  # and has spent; who came later shares the budget of None
 
     # Runs in the main thread
 
@@ -888,58 +739,56 @@ class Room:
     def join(self, client: Client) -> None:
         """Enter: from here on ``client`` is given every line. Raise Refused with the reason. Waits for the turn."""
         with self._turn:
-            self._relay_queued()  # who has just given up this label is told of before
             with self._queue_lock:
                 if self._closed:
                     raise Refused("server stopping")
-                self._places.take(client)
+                if self._limit:
+                    self._limit.acquire(client)
                 client.label = self._free_label(client.address[1])
                 self._clients[client.label] = client
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
             if self._announce:
-                self._give(client, self._who(client))
-            self._pass_on(client, self._history.told())
-            self._tell_of(client, "joined")
+                client.say(self._who(client))
+            if self._history:
+                client.give(self._history.replay())
+        self._tell_of(client, "joined")
 
     def leave(self, client: Client) -> None:
         """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
-        with self._queue_lock:  # or somebody else could have its label when its last lines are relayed
-            self._wait(client, lambda: client not in self._queued)
+        with self._queue_lock:
+            while client in self._queued:  # or what is told of its end would come before
+                self._waiter(client).wait()
+            self._waiters.pop(client, None)
         with self._turn:
             with self._queue_lock:
                 if not self._is_here(client):
                     return
                 del self._clients[folded(client.label)]
-                self._places.give_back(client)
+                if self._limit:
+                    self._limit.release(client)
+                self._recover(client)
             client.heard_from = None  # or those who left would be kept in a chain
             self._members.remove(client)
             self._console.say("Connection closed")
-            self._tell_of(client, "left")
-        with self._queue_lock:
-            self._on_time(client)
+        self._tell_of(client, "left")
 
-    def relay(self, client: Speaker, lines: bytes) -> None:
+    def relay(self, speaker: Speaker, lines: bytes) -> None:
         """Give ``lines`` to all other members, in portions that let others have their say.
 
-        Blocks while an earlier portion waits in the queue or the queue is full, and while somebody is late and
-        ``client`` is that one or has said its share; then perhaps for the turn. Ends, with lines unsaid, when the
-        server has ``client`` leave.
+        Blocks while an earlier portion waits in the queue or the queue is full, and while somebody is a slow consumer
+        and ``speaker`` is that one or has spent its budget; then perhaps for the turn. Ends, with lines unsaid, when it
+        would have to wait and nobody is there any more to wait.
         """
         while lines:
-            lines, must_take_turn = self._put_down(client, lines)
-            if must_take_turn:
-                with self._turn:
-                    self._relay_queued()
-
-    def _put_down(self, client: Speaker, lines: bytes) -> tuple[bytes, bool]:
-        """Wait until some of ``lines`` may be queued; return the others, and whether to take the turn."""
-        with self._queue_lock:
-            block, rest = self._wait(client, lambda: self._portion(client, lines))
-            if not block:
-                return rest, False
-            client.said += len(block)
-            return rest, self._append(client, block)
+            with self._queue_lock:
+                portion = self._wait(speaker, functools.partial(self._portion, speaker, lines))
+                if not portion:
+                    return
+                block, lines = portion
+                must_broadcast = self._enqueue(speaker, block, (speaker,))
+            if must_broadcast:
+                self._broadcast()
 
     def rename(self, client: Client, name: str) -> None:
         """Give ``client`` another label, and tell all, in the order of what is said; or tell it that the name is taken.
@@ -947,85 +796,89 @@ class Room:
         Blocks like ``relay``.
         """
         notice = f"* {client.label} is now {name}\n".encode()
-        must_take_turn = False
         with self._queue_lock:
-            if not self._wait_to_speak(client, len(notice)):
+            if not self._wait(client, lambda: self._may_speak(client) and self._spend(client, len(notice))):
                 return
             is_free = self._clients.get(folded(name)) in (None, client) and self._is_here(client)
             if is_free:
                 del self._clients[folded(client.label)]
                 self._clients[folded(name)] = client
                 client.label = name
-                must_take_turn = self._append(client, notice, to_all=True)
-        if must_take_turn:
-            with self._turn:
-                self._relay_queued()
+            must_broadcast = is_free and self._enqueue(client, notice, ())
+        if must_broadcast:
+            self._broadcast()
         if not is_free:
             self.reply(client, f"* name '{name}' is taken")
 
     def tell(self, client: Client, target: Client | str, text: str) -> None:
-        """Give a private word to the one client, or the one of that label; or tell ``client`` that it is not here.
+        """Give a private word to the one client, or the one of that label; tell ``client`` that it went, or why not.
 
         Blocks like ``relay``.
         """
         notice = f"* {client.label} to you: {text}"
         with self._queue_lock:
-            if not self._wait_to_speak(client, len(notice.encode())):
+            if not self._wait(client, lambda: self._may_speak(client) and self._spend(client, len(notice.encode()))):
                 return
-        with self._turn:
-            with self._queue_lock:
-                found = self._clients.get(folded(target)) if isinstance(target, str) else target
-                is_here = found is not None and self._is_here(found)
-            if found and is_here:
+            found = self._clients.get(folded(target)) if isinstance(target, str) else target
+            if found and self._is_here(found):
                 found.heard_from = client
-                self._give(found, notice)
-        if not is_here:
-            gone = f"nobody here is called {quoted(target)}" if isinstance(target, str) else "who wrote to you has left"
-            if self._link and isinstance(target, str) and "@" in target:
-                gone = f"private words stay on one server: {quoted(target)} is on another"
-            self.reply(client, f"* {gone}")
+            else:
+                found = None
+        if found:
+            self._give(found, notice)
+            self.reply(client, f"* to {found.label}: {text}")
+        elif not isinstance(target, str):
+            self.reply(client, "* who wrote to you has left")
+        elif self._link and "@" in target:
+            self.reply(client, f"* private words stay on one server: {quoted(target)} is on another")
+        else:
+            self.reply(client, f"* nobody here is called {quoted(target)}")
 
     def reply(self, client: Client, *notices: str) -> None:
-        """Give lines to ``client`` alone, from its own handler; waits for the turn, and while it is late."""
-        with self._turn:
-            self._give(client, *notices)
-        self._wait_on_time(client)
+        """Give lines to ``client`` alone; wait until it has taken all but REPLY_BYTES of what it was given."""
+        self._give(client, *notices)
+        with self._queue_lock:
+            self._wait(client, lambda: client.outbox_bytes <= REPLY_BYTES)
 
     def who(self, client: Client) -> None:
-        """Tell ``client`` who is here. Blocks like ``reply``."""
+        """Tell ``client`` who is here. Blocks like ``reply``, and waits for the turn."""
         with self._turn:
-            self._relay_queued()  # renames are told before
-            self._give(client, self._who(client))
-        self._wait_on_time(client)
-
-    def _wait_on_time(self, client: Client) -> None:
-        with self._queue_lock:
-            self._wait(client, lambda: client.leaving or client not in self._late)
+            notice = self._who(client)
+        self.reply(client, notice)
 
     # Called from any thread
 
-    def end(self, client: Client) -> None:
-        """Let ``client`` go: its handler wakes, wherever it waits, and leaves."""
-        client.end()
+    def evict(self, client: Client) -> None:
+        """Give up ``client``: its handler wakes, wherever it waits, and leaves."""
+        client.evict()
+        self.look_at(client)
+
+    def look_at(self, client: Client) -> bool:
+        """See to whom something happened: some of its outbox was sent, or it is gone. Return whether it is slow."""
         with self._queue_lock:
-            self._on_time(client)
+            if client.outbox_bytes < LOW_WATER_BYTES:
+                self._recover(client)
             self._wake(client)
+            return client in self._slow
 
     # Runs in the server thread
 
+    def overdue(self) -> list[Client]:
+        """Return the slow consumers if there was one all through the last EPOCH_SECONDS."""
+        with self._queue_lock:
+            return [] if self._epoch.left() else list(self._slow)
+
     def close(self) -> None:
-        """Let nobody in and nothing be said any more; relay what was put down."""
+        """Let nobody in and nothing be said any more; relay what is enqueued."""
         with self._queue_lock:  # first: from here on nobody new waits for the turn
             self._closed = True
-        with self._turn:
-            while self._queue:
-                self._relay_queued()
+        while self._queue:
+            self._broadcast()
 
     def finish(self, client: Client) -> None:
-        """Have ``client`` leave behind what was queued for it."""
+        """Have ``client`` leave after what was queued for it."""
         client.finish()
-        with self._queue_lock:
-            self._wake(client)
+        self.look_at(client)
 
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
@@ -1038,17 +891,69 @@ class Room:
             with self._queue_lock:
                 self._clients.clear()
 
-    def is_late(self, client: Client) -> bool:
-        """Return whether ``client``, of whose backlog something may have been sent, is still late."""
-        with self._queue_lock:
-            if client.behind < ON_TIME_BYTES:
-                self._on_time(client)
-            return client in self._late
+    # The relay itself: runs in the handler that has the turn
 
-    # Call with the turn held
+    def _broadcast(self) -> None:
+        """Give what is queued to all members, a round at a time, until nothing is left or another awaits the turn."""
+        with self._turn:
+            while batch := self._next_batch():
+                if self._history:
+                    self._history.add(batch.lines)
+                for member in self._members:
+                    if member.give(batch.pieces_for(member)) > HIGH_WATER_BYTES:
+                        self._note_slow(member)
+                # Who enqueues something just after this look waits for the turn, or found somebody who does.
+                if self._turn_is_awaited or not self._queue:
+                    return
+
+    def _next_batch(self) -> Batch | None:
+        """Take a round from the queue, first come, first served."""
+        size = self._round_bytes()
+        blocks: list[tuple[bytes, Sequence[Member]]] = []
+        with self._queue_lock:
+            # In the same hold as the taking: a block enqueued in between would wait for nobody.
+            self._turn_is_awaited = False
+            was_full = self._queue_bytes > QUEUE_BYTES // 2
+            while self._queue and (not blocks or size >= len(self._queue[0][1])):
+                speaker, block, without = self._queue.popleft()
+                blocks.append((block, without))
+                size -= len(block)
+                self._queue_bytes -= len(block)
+                if speaker:
+                    self._queued.remove(speaker)
+                    self._wake(speaker)
+            if was_full:
+                self._wake_all()
+        return Batch(blocks) if blocks else None
+
+    def _round_bytes(self) -> int:
+        least, most = ROUND_BYTES
+        return max(least, min(most, ROUND_DELIVERED_BYTES // max(1, len(self._members))))
+
+    # Said by the room itself: called from any thread
+
+    def _give(self, client: Client, *notices: str) -> None:
+        """Give lines to one client alone."""
+        if client.say(*notices) > HIGH_WATER_BYTES:
+            self._note_slow(client)
+
+    def _tell_of(self, client: Client, verb: str) -> None:
+        """Have the log tell that ``client`` joined or left, and with ``--announce`` all others, elsewhere too."""
+        notice = f"* {client.label} {verb}"
+        if self._log:
+            self._log.say(notice)
+        if self._announce:
+            without: list[Member] = [client, self._console]
+            if self._log:
+                without.append(self._log)
+            with self._queue_lock:
+                must_broadcast = not self._closed and self._enqueue(None, f"{notice}\n".encode(), without)
+            if must_broadcast:
+                self._broadcast()
 
     def _who(self, client: Client) -> str:
         """Return a notice that names the first who are here, in order of arrival, and ``client``."""
+        assert self._turn.locked()  # noqa: S101 - a precondition that runs
         clients = (member for member in self._members if isinstance(member, Client))
         shown = list(itertools.islice(clients, WHO_SHOWN))
         if client not in shown:
@@ -1058,66 +963,17 @@ class Room:
         more = f", and {count - len(shown)} more" if count > len(shown) else ""
         return f"* {count} here: {names}{more}{self._link.elsewhere() if self._link else ''}"
 
-    def _tell_of(self, client: Client, verb: str) -> None:
-        """Have the log tell that ``client`` joined or left, and with ``--announce`` all others, elsewhere too."""
-        notice = f"* {client.label} {verb}"
-        if self._log:
-            self._log.say(notice)
-        if self._announce and not self._closed:  # else nobody can get it
-            others = (member for member in self._members if member not in (client, self._console, self._log))
-            self._tell(others, notice)
-
-    def _tell(self, members: Iterable[Member], notice: str) -> None:
-        pieces = [memoryview(f"{notice}\n".encode())]
-        for member in members:
-            self._pass_on(member, pieces)
-
-    def _relay_queued(self) -> None:
-        """Relay what is queued, a round at a time, until nothing is left or somebody else waits for the turn."""
-        while batch := self._next_batch():
-            for member in self._members:
-                self._pass_on(member, batch.besides(member))
-            self._history.add(batch)
-            # Who puts down something just after this look waits for the turn, or found somebody who does.
-            if self._turn_is_awaited or not self._queue:
-                return
-
-    def _next_batch(self) -> Batch | None:
-        """Take a round from the queue, first come, first served."""
-        size = self._round_bytes()
-        blocks: list[tuple[Speaker | None, bytes]] = []
+    def _note_slow(self, member: Member) -> None:
+        """Begin to hold the others back for a slow consumer; evict one that is beyond help."""
+        if not isinstance(member, Client):
+            return
+        if member.outbox_bytes > MAX_OUTBOX_BYTES:
+            self.evict(member)
         with self._queue_lock:
-            # In the same hold as the taking: a block put down in between would wait for nobody.
-            self._turn_is_awaited = False
-            was_full = self._queue_bytes > QUEUE_BYTES // 2
-            while self._queue and (not blocks or size >= len(self._queue[0][1])):
-                client, block, to_all = self._queue.popleft()
-                blocks.append((None if to_all else client, block))
-                size -= len(block)
-                self._queue_bytes -= len(block)
-                self._queued.remove(client)
-                self._wake(client)
-            if was_full:
-                self._wake_all()
-        return Batch(blocks) if blocks else None
-
-    def _round_bytes(self) -> int:
-        least, most = ROUND_BYTES
-        return max(least, min(most, ROUND_DELIVERED_BYTES // max(1, len(self._members))))
-
-    def _give(self, member: Member, *notices: str) -> None:
-        self._pass_on(member, [memoryview("".join(f"{notice}\n" for notice in notices).encode())])
-
-    def _pass_on(self, member: Member, pieces: Sequence[memoryview]) -> None:
-        behind = member.give(pieces)
-        if behind > LATE_BYTES and isinstance(member, Client):
-            if behind > MAX_BACKLOG_BYTES:
-                self.end(member)
-            with self._queue_lock:
-                if member.behind > LATE_BYTES:  # or the server thread has sent it since, and found nobody late
-                    if not self._late:
-                        self._share_out()
-                    self._late.add(member)
+            if member.outbox_bytes > HIGH_WATER_BYTES:  # or the server thread has sent it since, and found nobody slow
+                if not self._slow:
+                    self._begin_epoch()
+                self._slow.add(member)
 
     # Call with the queue's lock held
 
@@ -1131,96 +987,86 @@ class Room:
     def _is_here(self, client: Client) -> bool:
         return self._clients.get(folded(client.label)) is client
 
-    def _append(self, client: Speaker, block: bytes, to_all: bool = False) -> bool:
-        """Queue what ``client`` says, or a notice to all in its place; return whether to take the turn."""
-        self._queue.append((client, block, to_all))
+    def _enqueue(self, speaker: Speaker | None, block: bytes, without: Sequence[Member]) -> bool:
+        """Queue what ``speaker`` says, or the room itself, for all but some; return whether to broadcast."""
+        assert self._queue_lock.locked()  # noqa: S101 - a precondition that runs
+        self._queue.append((speaker, block, without))
         self._queue_bytes += len(block)
-        self._queued.add(client)
-        must_take_turn = not self._turn_is_awaited
+        if speaker:
+            self._queued.add(speaker)
+        must_broadcast = not self._turn_is_awaited
         self._turn_is_awaited = True
-        return must_take_turn
+        return must_broadcast
 
-    def _wait_to_speak(self, client: Client, size: int) -> bool:
-        """Wait until all that ``client`` said is out, and ``size`` bytes are paid for; return whether it may speak."""
-        self._wait(client, lambda: client.leaving or (self._may_speak(client) and self._pays(client, size)))
-        return not client.leaving
+    def _portion(self, speaker: Speaker, lines: bytes) -> tuple[bytes, bytes] | None:
+        """Return what ``speaker`` may enqueue now of its ``lines``, labelled, and the others; None if it must wait."""
+        if not self._may_speak(speaker):
+            return None
+        size = self._round_bytes() // (len(self._queue) + 1)  # the next round has one for everyone who wants to speak
+        if self._slow:
+            size = min(size, self._client_budget // 4)
+        block, rest = labelled(speaker.label, lines, max(PORTION_MIN_BYTES, size))
+        if len(block) > PORTION_MIN_BYTES and self._queue_bytes + len(block) > QUEUE_BYTES:
+            return None
+        return (block, rest) if self._spend(speaker, len(block)) else None
 
-    def _wait(self, client: Speaker, until: Callable[[], Awaited | None]) -> Awaited:
-        """Wait until ``until`` returns something true, and return that. Only the handler of ``client`` may wait."""
-        found = until()
-        if not found:
-            self._waiters[client] = threading.Condition(self._queue_lock)
-            while not found:
-                self._waiters[client].wait()
-                found = until()
-            del self._waiters[client]
+    def _may_speak(self, speaker: Speaker) -> bool:
+        return not (self._closed or speaker in self._queued or speaker in self._slow)
+
+    def _spend(self, speaker: Speaker, size: int) -> bool:
+        """Take so many bytes off what ``speaker`` may say while somebody is a slow consumer; return whether it may."""
+        if not self._slow:
+            return True
+        payer = speaker if speaker in self._spent else None
+        if self._spent[payer] + size > self._client_budget:
+            return False
+        self._spent[payer] += size
+        return True
+
+    def _begin_epoch(self) -> None:
+        """Fix what may be said until nobody is a slow consumer: once, or people who come and go would add to it."""
+        readers = len(self._members)
+        budget = min(self._budget_bytes, DELIVERED_BYTES // readers) // readers
+        self._client_budget = max(PORTION_MIN_BYTES, min(CLIENT_BUDGET_BYTES, budget))
+        self._spent = dict.fromkeys((*self._clients.values(), self._link, None), 0)
+        self._epoch = Deadline(EPOCH_SECONDS)
+
+    def _recover(self, client: Client) -> None:
+        """Take ``client`` for a slow consumer no more."""
+        if client in self._slow:
+            self._slow.remove(client)
+            if not self._slow:
+                self._wake_all()
+
+    def _wait(self, speaker: Speaker, until: Callable[[], Awaited | None]) -> Awaited | None:
+        """Wait until ``until`` returns something true, and return that; else, once nobody is there, what it returned.
+
+        Only the handler of ``speaker`` may wait.
+        """
+        while not (found := until()) and not speaker.gone:
+            self._waiter(speaker).wait()
+        self._waiters.pop(speaker, None)
         return found
 
-    def _wake(self, client: Speaker) -> None:
-        if client in self._waiters:
-            self._waiters[client].notify()
+    def _waiter(self, speaker: Speaker) -> threading.Condition:
+        return self._waiters.setdefault(speaker, threading.Condition(self._queue_lock))
+
+    def _wake(self, speaker: Speaker) -> None:
+        if speaker in self._waiters:
+            self._waiters[speaker].notify()
 
     def _wake_all(self) -> None:
         for waiter in self._waiters.values():
             waiter.notify()
 
-    def _on_time(self, client: Client) -> None:
-        if client in self._late:
-            self._late.remove(client)
-            self._wake(client)
-            if not self._late:
-                self._wake_all()
-
-    def _share_out(self) -> None:
-        """Fix what may be put down until nobody is late."""
-        members = len(self._members)
-        shares = min(SHARES_BYTES, SHARES_DELIVERED_BYTES // members)
-        self._share = max(PORTION_MIN_BYTES, min(SHARE_MAX_BYTES, shares // members))
-        self._shares = dict.fromkeys(self._clients.values(), self._share)
-        self._common = shares // 4
-        if self._link:  # it speaks for many, so half of this is set aside for it
-            self._common //= 2
-            self._shares[self._link] = self._common
-
-    def _portion(self, client: Speaker, lines: bytes) -> tuple[bytes, bytes] | None:
-        """Return what ``client`` may put down now of its ``lines``, labelled and paid for, and the others.
-
-        None means that it must wait. Nothing is put down, and nothing is left, when it has to leave.
-        """
-        if client.leaving:
-            return b"", b""
-        if not self._may_speak(client):
-            return None
-        size = self._round_bytes() // (len(self._queue) + 1)  # the next round has one for everyone who wants to speak
-        if self._late:
-            size = min(size, self._share // 4)
-        size = max(PORTION_MIN_BYTES, size)
-        block, rest = labelled(client.label, lines, size)
-        if len(block) > PORTION_MIN_BYTES and self._queue_bytes + len(block) > QUEUE_BYTES:
-            return None
-        return (block, rest) if self._pays(client, len(block)) else None
-
-    def _may_speak(self, client: Speaker) -> bool:
-        return not (self._closed or client in self._queued or client in self._late)
-
-    def _pays(self, client: Speaker, size: int) -> bool:
-        """Take so many bytes off what ``client`` may say while somebody is late; return whether it may."""
-        if not self._late:
-            return True
-        left = self._shares.get(client)
-        if left is not None and size <= left:
-            self._shares[client] = left - size
-            return True
-        if (left is None or size > self._share) and size <= self._common:
-            self._common -= size
-            return True
-        return False
-
 
 # --- People: names that nobody else can have or fake, and commands ----------------------------------------------------
 
+NAME_CHARACTERS = 24  # of a name at most
+UNCOMPOSED_CHARACTERS = 4 * NAME_CHARACTERS + 1  # more than become a name: at most four compose one
 SHOW_NOTHING = "\u115f\u1160\u3164\uffa0"  # letters all the same: the Hangul fillers
 RESERVED_NAMES = "server", "you", "exit"
+QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 
 
 def folded(label: str) -> str:
@@ -1321,21 +1167,59 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Room, Client, str], None]]] = {
 def obey(room: Room, client: Client, line: str) -> None:
     """Do what a line with a command asks, in the handler of ``client``. Blocks like ``Room.relay``. Raises Quit."""
     name, argument = word_and_rest(line)
-    time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS while commands that say nothing follow each other
-    if name not in COMMANDS:
-        problem = f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /"
-        room.reply(client, problem)
+    command = "/quit" if name.lower() == "/exit" else name.lower()
+    if command not in COMMANDS:
+        room.reply(client, f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /")
         return
-    usage, _, command = COMMANDS[name]
+    usage, _, function = COMMANDS[command]
     try:
-        command(room, client, argument)
+        function(room, client, argument)
     except Usage:
         room.reply(client, f"* usage: {usage}")
 
 
-# --- The server: the thread that accepts, sends what had to wait, and keeps the clock ---------------------------------
+# --- The server: the thread that accepts, flushes outboxes, and keeps the clock ---------------------------------------
 
-NewClient = Callable[[socket.socket, tuple[str, int], Callable[[Client], None]], Client]  # Client, or one like it
+LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
+ACCEPTS_A_PASS = 64  # before outboxes have their turn again
+CROSSING_MAX = 16  # on their way in or out at once: who connects and resets without end must not make more threads
+MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
+STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
+REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
+STOP_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
+FREE_SECONDS_A_READ, FREE_SECONDS_A_BYTE = 100e-6, 6e-9  # of a processor: what reading plain text takes, generously
+WORK_PRICE = 20.0  # seconds that a handler pauses for each second of more work than that,
+PAUSE_SECONDS = 0.25  # so long at once,
+WORK_CREDIT_SECONDS = 0.02  # after it has saved so much; Windows' clock of work ticks in almost as much
+
+NewClient = Callable[[socket.socket, tuple[str, int], Callable[[Client], None]], Client]  # Client, or one with a codec
+
+
+class Work:
+    """What a handler's own work costs it, as a bucket of processor time: nobody's work is free.
+
+    One thread at a time runs Python, so whatever a peer can have its handler do holds up all others: lines of blanks,
+    commands, characters to be replaced, TLS records of a byte. What takes more than plain text is paid for by a pause.
+    """
+
+    def __init__(self) -> None:
+        self._credit = 0.0
+        self._since = time.thread_time()
+
+    def pay(self, free_seconds: float = 0.0) -> None:
+        """Pause for what the calling thread has worked since the last call, but for so many seconds."""
+        worked = time.thread_time() - self._since
+        self._credit = min(WORK_CREDIT_SECONDS, self._credit + free_seconds - worked)
+        if self._credit < 0:
+            time.sleep(min(PAUSE_SECONDS, -self._credit * WORK_PRICE))
+            self._credit = 0.0
+        self._since = time.thread_time()
+
+    def not_for(self, call: Callable[..., object], *arguments: object) -> None:
+        """Call what is work for others."""
+        started = time.thread_time()
+        call(*arguments)
+        self._since += time.thread_time() - started
 
 
 class Server:
@@ -1351,27 +1235,29 @@ class Server:
         discovery: Discovery | None = None,
         new_client: NewClient = Client,
     ) -> None:
-        self._listener = listener
-        self._guests = guests
-        self._new_client = new_client
-        self._discovery = discovery
+        self._room = room
         self._console = console
         self._errors = errors
-        self._room = room
+        self._guests = guests
+        self._new_client = new_client
         self._clients: set[Client] = set()  # all with a handler, in the room or not; one operation at a time is safe
+        self._crossing: set[Client] = set()  # those of them that are on their way into the room, or out of it
         # What other threads ask of the server thread, and how they wake it.
         self._calls: collections.deque[Callable[[], object]] = collections.deque()
         self._wake_is_sent = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         # Only the server thread uses what follows.
         self._selector = selectors.DefaultSelector()
-        self._behind: set[Client] = set()  # those with a backlog: watched until they can take more
+        self._flushing: set[Client] = set()  # those with an outbox: watched until they can take more
         # Watched, but for a second when nobody can be accepted, or too many ask at once.
-        self._doors: dict[socket.socket | Discovery, Callable[[], None]] = {listener: self._accept}
+        self._listeners: dict[socket.socket | Discovery, Callable[[], None]] = {
+            listener: functools.partial(self._accept, listener)
+        }
         if discovery:
-            self._doors[discovery] = self._asked
-        self._stopping = False
+            self._listeners[discovery] = functools.partial(self._on_datagram, discovery)
+        self._is_pausing = False  # one of them
         self._next_tick = 0.0
+        self._stopping = False
         self._stopped = False
         self._problem = ""  # why nobody could be accepted, as said last
         self._refusals: dict[str, float] = {}  # the time of each host's last one that was shown
@@ -1379,13 +1265,14 @@ class Server:
     # Runs in the main thread
 
     def run(self) -> int:
-        """Serve until SIGINT or SIGTERM; return the exit status, within a second of that."""
+        """Serve until SIGINT, SIGTERM, or SIGHUP if it is not ignored; return the exit status within a second."""
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         # Python writes the signal's number into this socket as it comes, so the server thread need not look for it.
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
+        for number in STOP_SIGNALS:
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda *_: None)
         thread = threading.Thread(target=self._serve, name="server")
         thread.start()
         thread.join()
@@ -1394,34 +1281,34 @@ class Server:
     # Runs in the server thread
 
     def _serve(self) -> None:
-        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
-        self._watch_doors()
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._on_wake)
+        self._watch_listeners()
         while not self._stopping:
             self._pass(None)
         self._stop()
 
     def _stop(self) -> None:
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = Deadline(STOP_SECONDS)
         # 1. Nobody new: the port is free.
-        for door in self._doors:
-            if door in self._selector.get_map():
-                self._selector.unregister(door)
-            door.close()
-        self._doors.clear()
+        for listener in self._listeners:
+            if listener in self._selector.get_map():
+                self._selector.unregister(listener)
+            listener.close()
+        self._listeners.clear()
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
-        # 3. Everyone gets end-of-file behind what was queued; its handler leaves when the peer closes or says more.
+        # 3. Everyone gets end-of-file after what was queued; its handler leaves when the peer closes or says more.
         for client in list(self._clients):
             self._room.finish(client)
-        while self._clients and time.monotonic() < deadline:
-            self._pass(deadline - time.monotonic())
+        while self._clients and deadline.left():
+            self._pass(deadline.left())
         # 4. Those who do not close stay behind. Waking thousands of handlers would only take time.
         self._room.dismiss()
         self._stopped = True
 
     def _pass(self, seconds: float | None) -> None:
         """Wait for something to do, so long at most, and do it."""
-        if self._clock_runs():
+        if self._flushing or any(listener not in self._selector.get_map() for listener in self._listeners):
             until_tick = max(0.0, self._next_tick - time.monotonic())
             seconds = until_tick if seconds is None else min(seconds, until_tick)
         for key, _ in self._selector.select(seconds):
@@ -1430,54 +1317,53 @@ class Server:
             self._tick()
 
     def _tick(self) -> None:
-        """Once a second while the clock runs: hold everyone to the floor, watch the doors again."""
+        """Once a second while anybody has an outbox or a listener pauses: hold the floor, watch the listeners."""
         self._next_tick = time.monotonic() + 1.0
-        for client in list(self._behind):
+        for client in list(self._flushing):
             # Tried even if the selector is silent: Linux calls a socket writable only with a third of its buffer free.
-            if client.under_floor(self._flush(client)):
-                self._room.end(client)
-        self._watch_doors()
+            client.note(self._flush(client))
+            if client.is_below_floor():
+                self._room.evict(client)
+        for client in self._room.overdue():
+            self._room.evict(client)
+        self._watch_listeners()
 
-    def _start_clock(self) -> None:
-        if not self._clock_runs():
-            self._next_tick = time.monotonic() + 1.0
-
-    def _clock_runs(self) -> bool:
-        return bool(self._behind) or any(door not in self._selector.get_map() for door in self._doors)
-
-    def _woken(self) -> None:
+    def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # read empty
             while True:
-                signals = self._wake_reader.recv(4096)
-                self._stopping |= signal.SIGINT in signals or signal.SIGTERM in signals
+                self._stopping |= not STOP_SIGNALS.isdisjoint(self._wake_reader.recv(4_096))
         self._wake_is_sent = False  # before the calls are taken: who adds one from here on wakes us again
         while self._calls:
             self._calls.popleft()()
 
-    def _watch_doors(self) -> None:
-        for door, call in self._doors.items():
-            if door not in self._selector.get_map():
-                self._selector.register(door, selectors.EVENT_READ, call)
+    def _watch_listeners(self) -> None:
+        self._is_pausing = False
+        for listener, call in self._listeners.items():
+            if listener not in self._selector.get_map():
+                self._selector.register(listener, selectors.EVENT_READ, call)
 
-    def _pause(self, door: socket.socket | Discovery) -> None:
-        """Watch it no more until the next tick."""
-        self._start_clock()
-        self._selector.unregister(door)
+    def _pause(self, listener: socket.socket | Discovery) -> None:
+        """Watch it no more until the next tick, or until fewer are crossing."""
+        self._selector.unregister(listener)
+        self._is_pausing = True
 
-    def _asked(self) -> None:
-        if self._discovery and not self._discovery.answer():
-            self._pause(self._discovery)
+    def _on_datagram(self, discovery: Discovery) -> None:
+        if not discovery.answer():
+            self._pause(discovery)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_A_PASS):
+            if len(self._crossing) >= CROSSING_MAX:
+                self._pause(listener)
+                return
             try:
-                sock, address = self._listener.accept()
+                sock, address = listener.accept()
             except BlockingIOError:
                 return
             except ConnectionAbortedError:  # the peer left while it waited
                 continue
             except OSError as error:
-                self._cannot_accept(error)
+                self._cannot_accept(listener, error)
                 return
             if not address:  # reset while it waited, as macOS tells it
                 sock.close()
@@ -1485,55 +1371,59 @@ class Server:
             address = plain_address(address)
             if not self._guests.are_allowed_from(address[0]):
                 sock.close()
-                self._say_refused(address)
+                self._show_refused(address)
                 continue
-            client = self._new_client(sock, address, self._has_backlog)
+            client = self._new_client(sock, address, self._on_outbox)
             # Before its handler starts, or a client that leaves at once would be taken out before it is in.
             self._clients.add(client)
+            self._crossing.add(client)
             try:
                 threading.Thread(target=self._handle, args=(client,), daemon=True).start()
             except RuntimeError as error:  # no more threads
                 self._clients.remove(client)
+                self._crossing.remove(client)
                 client.close()
-                self._cannot_accept(error)
+                self._cannot_accept(listener, error)
                 return
 
-    def _cannot_accept(self, error: Exception) -> None:
+    def _cannot_accept(self, listener: socket.socket, error: Exception) -> None:
         """Say once why nobody more can be accepted; try again at the next tick."""
         reason = getattr(error, "strerror", None) or str(error)
         if reason != self._problem:
             self._problem = reason
             count = len(self._clients)
             self._errors.say(f"{reason}, with {count} clients: nobody more can enter until some leave (ulimit -n).")
-        self._pause(self._listener)
+        self._pause(listener)
 
-    def _watch(self, client: Client) -> None:
-        if client not in self._behind and not client.ended:
-            self._start_clock()
-            self._behind.add(client)
-            if len(self._behind) < MAX_WATCHED:  # the rest wait for the next tick
-                self._selector.register(client, selectors.EVENT_WRITE, functools.partial(self._flush, client))
-
-    def _flush(self, client: Client) -> bool:
-        """Send some of a backlog; return whether its owner is still late."""
-        if not client.flush():
-            self._unwatch(client)
-        return self._room.is_late(client)
-
-    def _unwatch(self, client: Client) -> None:
-        if client in self._behind:
-            self._behind.remove(client)
-            if client in self._selector.get_map():
-                self._selector.unregister(client)
-
-    def _say_refused(self, address: tuple[str, int]) -> None:
+    def _show_refused(self, address: tuple[str, int]) -> None:
         """Show who was turned away, one line a second and host, so that a rude host does not fill the console."""
-        host, now = home(address), time.monotonic()
+        host, now = host_key(address), time.monotonic()
         if now - self._refusals.get(host, -1.0) >= 1.0:
             if len(self._refusals) >= REFUSALS_REMEMBERED:
                 self._refusals.clear()
             self._refusals[host] = now
             self._console.say(f"Refused : {address}")
+
+    def _look_at(self, client: Client) -> None:
+        """Watch a client that has got an outbox; have its handler wake if it is gone."""
+        if client.gone:
+            self._room.look_at(client)
+        if client.outbox_bytes and client not in self._flushing:
+            self._flushing.add(client)
+            if len(self._flushing) < MAX_WATCHED:  # the rest wait for the next tick
+                self._selector.register(client, selectors.EVENT_WRITE, functools.partial(self._flush, client))
+
+    def _flush(self, client: Client) -> bool:
+        """Send some of an outbox; return whether its owner is still a slow consumer."""
+        if not client.flush():
+            self._forget(client)
+        return self._room.look_at(client)
+
+    def _forget(self, client: Client) -> None:
+        if client in self._flushing:
+            self._flushing.remove(client)
+            if client in self._selector.get_map():
+                self._selector.unregister(client)
 
     # Runs in the handler thread, one a client
 
@@ -1541,52 +1431,83 @@ class Server:
         """Serve one client from its arrival to its close.
 
         Ends because it waits in three places only: in ``recv`` and to have its say (``Room._wait``), out of which
-        ``Room.end`` wakes it, and in ``drain``, which has a deadline, as has what comes before it joins. (And a second
-        at most at a time for its pace, and for the server thread to forget its socket.)
+        ``Room.evict`` wakes it, and in ``drain``, which has a deadline, as has what comes before it joins. (And a
+        moment at a time for its pace and its work, and for the server thread to forget its socket.)
         """
         try:
-            blocks = self._guests.let_in(client)
-            self._room.join(client)
-            paced = self._guests.pacer(client)
-            for block, too_long in blocks:
-                for lines, command in paced(spoken(block)):
-                    if client.leaving:
-                        break
-                    self._room.relay(client, lines)
-                    if command:
-                        client.said += len(command)
-                        obey(self._room, client, command)
+            client.prepare()
+            if self._guests.have_door:
+                self._crossed(client)
+            gate = self._guests.gate_for(client)
+            if not gate:
+                self._room.join(client)
+            self._crossed(client)
+            pace, work = self._guests.new_pace(), Work()
+            for block, too_long in client.blocks():
+                if gate:
+                    rest = gate.rest_after_password(block, too_long)
+                    if rest is None:
+                        continue
+                    self._guests.leave_door(client)
+                    self._room.join(client)
+                    gate, block, too_long = None, rest, False
+                for part in pace.parts(block, too_long) if pace else (block,):
+                    if pace and not pace.wait(client):
+                        return
+                    self._hear(client, part, work)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
+                work.pay(FREE_SECONDS_A_READ + FREE_SECONDS_A_BYTE * len(block))
+            if gate:
+                gate.check_time()
         except Quit:
             pass
         except Refused as refusal:
-            self._call_soon(functools.partial(self._say_refused, client.address))
-            client.give([memoryview(f"* {refusal}\n".encode())])
+            self._call_soon(functools.partial(self._show_refused, client.address))
+            client.say(f"* refused: {refusal}")
         except OSError:  # the peer was gone before it could enter
             pass
         finally:
+            self._crossing.add(client)
+            self._guests.leave_door(client)
             self._room.leave(client)
-            self._forget(client)
-            if not client.ended:
+            self._wait_until_forgotten(client)
+            self._crossed(client)
+            if not client.evicted:
                 client.drain()
             client.close()
             self._clients.remove(client)
             if self._stopping:
                 self._wake()
 
-    def _forget(self, client: Client) -> None:
+    def _hear(self, client: Client, block: bytes, work: Work) -> None:
+        """Relay the lines of a block and obey its commands. Blocks like ``Room.relay``; raise Quit."""
+        for lines, command in parse(block):
+            if client.leaving:
+                return
+            work.not_for(self._room.relay, client, lines)
+            if command:
+                obey(self._room, client, command)
+                work.pay()
+
+    def _crossed(self, client: Client) -> None:
+        """Note that ``client`` is at the door, in the room or gone; have more accepted if that had to wait."""
+        self._crossing.discard(client)
+        if self._is_pausing and len(self._crossing) <= CROSSING_MAX // 2:
+            self._call_soon(self._watch_listeners)
+
+    def _wait_until_forgotten(self, client: Client) -> None:
         """Wait until the server thread no longer watches ``client``."""
-        if client.had_backlog:
+        if client.had_outbox:
             forgotten = threading.Event()
-            self._call_soon(functools.partial(self._unwatch, client))
+            self._call_soon(functools.partial(self._forget, client))
             self._call_soon(forgotten.set)
             forgotten.wait()
 
     # Called from any thread
 
-    def _has_backlog(self, client: Client) -> None:
-        self._call_soon(functools.partial(self._watch, client))
+    def _on_outbox(self, client: Client) -> None:
+        self._call_soon(functools.partial(self._look_at, client))
 
     def _call_soon(self, call: Callable[[], object]) -> None:
         """Have the server thread call ``call``."""
@@ -1600,7 +1521,69 @@ class Server:
                 self._wake_writer.send(b"\0")
 
 
+# --- History: what newcomers are told; off until asked for, a reader may skip it --------------------------------------
+
+HISTORY_BLOCK_BYTES = 65_536  # a smaller last block is joined with what follows: newcomers get few pieces
+HISTORY_BYTES = 1_048_000  # told to a newcomer at most: it must not be a slow consumer with that alone
+NOTICES = re.compile(rb"\n\* [^\n]*(?=\n)")
+
+
+class History:
+    """The last lines that were said, for newcomers, who share the bytes. Called with the turn held."""
+
+    def __init__(self, lines: int) -> None:
+        self._limit = lines
+        self._blocks: collections.deque[tuple[str, bytes, int]] = collections.deque()  # minute, lines, how many
+        self._bytes = 0
+        self._count = 0
+
+    def add(self, lines: bytes) -> None:
+        """Keep what was said, without notices, and no more before it than may be told."""
+        lines = NOTICES.sub(b"", b"\n" + lines)[1:]
+        if not lines:
+            return
+        minute, count = time.strftime("%H:%M"), lines.count(b"\n")
+        self._bytes += len(lines)
+        self._count += count
+        if self._blocks and self._blocks[-1][0] == minute and len(self._blocks[-1][1]) < HISTORY_BLOCK_BYTES:
+            _, before, count_before = self._blocks.pop()
+            lines, count = before + lines, count_before + count
+        self._blocks.append((minute, lines, count))
+        while self._bytes - len(self._blocks[0][1]) >= HISTORY_BYTES or self._count - self._blocks[0][2] >= self._limit:
+            _, lines, count = self._blocks.popleft()
+            self._bytes -= len(lines)
+            self._count -= count
+
+    def replay(self) -> list[memoryview]:
+        """Return the last lines between a heading and an end, the minute before the first of each; or nothing."""
+        if not self._blocks:
+            return []
+        (minute, lines, _), *others = self._blocks
+        lines = lines.split(b"\n", max(0, self._count - self._limit))[-1]
+        too_long = len(lines) + sum(len(block) for _, block, _ in others) - HISTORY_BYTES
+        if too_long > 0:
+            lines = lines[lines.find(b"\n", too_long - 1) + 1 :]
+        blocks = [(minute, lines, lines.count(b"\n")), *others]
+        told = sum(count for _, _, count in blocks)
+        pieces = [memoryview(f"* the last {told} lines:\n".encode() if told > 1 else b"* the last line:\n")]
+        before = ""
+        for minute, lines, count in blocks:
+            if count and minute != before:
+                pieces.append(memoryview(f"* {minute}\n".encode()))
+                before = minute
+            pieces.append(memoryview(lines))
+        return [*(piece for piece in pieces if piece), memoryview(b"* live from here\n")]
+
+
 # --- Discovery: how clients on the same network find this server without an address; a reader may skip it -------------
+
+
+DISCOVERY_GROUP = "239.255.109.99"
+DISCOVERY_PORT = 12000
+QUESTION_BYTES = 128  # of each question, and more than any answer has: nobody can use us to send a third party more
+ANSWERS_A_SECOND = 20  # a class that comes at once finds the server in two seconds
+DATAGRAMS_A_PASS = 16  # read before accepting and outboxes have their turn again
+DATAGRAMS_A_SECOND = 5_000  # a flood of more is left to the system, which drops it: a few per cent of a processor
 
 
 class Discovery:
@@ -1620,6 +1603,8 @@ class Discovery:
 
     def __init__(self, port: int) -> None:
         """Tell of a chat on ``port``. Raise OSError when the discovery port cannot be had."""
+        import secrets
+
         name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
         self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
         self._answered: collections.deque[tuple[float, bytes, object]] = collections.deque(maxlen=ANSWERS_A_SECOND)
@@ -1697,11 +1682,46 @@ def open_discovery(port: int, errors: Writer) -> Discovery | None:
 # --- Guests: who may come in, and how much each may say; off until asked for, a reader may skip it --------------------
 
 
-class Unusable(Exception):
-    """What is wrong with what an option names, and what to do, as one sentence."""
-
+DOOR_PLACES = 1_000  # for who has yet to finish the handshake or say the password
+DOOR_READ_BYTES = 512  # at once, before the password
+CROWDED = "too many are waiting to enter"
+PASSWORD_SECONDS = 30.0  # in which it must be said,
+PASSWORD_TRIES = 3  # in so many tries,
+WRONG_SECONDS = 1.0  # each of which costs as much
+BURST_SECONDS = 10  # with --rate, what a client may say at once after a silence: as much as in so many seconds
+PACED_READ_BYTES = 256  # read at once with --rate: what a client may not say yet stays unread
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class Limit:
+    """So many clients at once, in all and of one host; None is no limit. Call with the lock held that guards it."""
+
+    def __init__(self, in_all: int | None = None, of_a_host: int | None = None) -> None:
+        self._in_all = in_all
+        self._of_a_host = of_a_host
+        self._count = 0
+        self._by_host: collections.Counter[str] = collections.Counter()  # if that is limited
+
+    def acquire(self, client: Client) -> None:
+        """Take a place for ``client``; raise Refused when there is none."""
+        if self._in_all is not None and self._count >= self._in_all:
+            raise Refused(f"server full: {self._count} of {self._in_all} clients")
+        if self._of_a_host is not None:
+            host = host_key(client.address)
+            if self._by_host[host] >= self._of_a_host:
+                raise Refused(f"too many from your address: {self._by_host[host]} of {self._of_a_host} clients")
+            self._by_host[host] += 1
+        self._count += 1
+
+    def release(self, client: Client) -> None:
+        """Give back the place that ``client`` has."""
+        self._count -= 1
+        if self._of_a_host is not None:
+            host = host_key(client.address)
+            self._by_host[host] -= 1
+            if not self._by_host[host]:  # or hosts that came once would be kept for ever
+                del self._by_host[host]
 
 
 class Guests:
@@ -1711,8 +1731,15 @@ class Guests:
         self.networks = networks  # all there are, if there is none
         self.password = password  # nobody is asked for one, if there is none
         self.certificate = certificate  # the file, with TLS
+        self.have_door = bool(password or certificate)  # where newcomers wait
         self._rate = rate  # lines a second
-        self._waiting = Places(*WAITING_MAX, "too many at the door", "newcomers")
+        if password:
+            import hmac  # here, or the first who enters would pay for it: see Work
+
+            self._is_same = hmac.compare_digest
+        # Guards what follows. No other lock but a client's own is taken inside.
+        self._door_lock = threading.Lock()
+        self._at_door: dict[str, dict[Client, None]] = {}  # by host, the oldest first
 
     # Runs in the server thread
 
@@ -1725,101 +1752,121 @@ class Guests:
 
     # Runs in the handler thread
 
-    def let_in(self, client: Client) -> Iterator[tuple[bytes, bool]]:
-        """Prepare a connection; return the blocks that ``client`` says once it may enter.
+    def gate_for(self, client: Client) -> Gate | None:
+        """Do the TLS handshake; return who asks ``client`` for the password, None if it may enter at once.
 
-        Blocks up to PASSWORD_SECONDS when there is a password, and as ``Client.prepare`` does. Raises Refused with the
-        reason why it may not enter, Quit when it leaves meanwhile, OSError when it is gone.
+        With either it takes a place at the door. Blocks as ``Client.shake_hands`` does. Raises OSError, Refused.
         """
-        blocks = client.blocks(PACED_READ_BYTES if self._rate else READ_BYTES)
-        if not (self.password or self.certificate):
-            client.prepare()
-            return blocks
-        self._waiting.take(client)
-        try:
-            client.prepare()
-            if not self.password:
-                return blocks
-            client.deadline = time.monotonic() + PASSWORD_SECONDS
-            rest = self._behind_password(client, blocks)
-            client.deadline = None
-        finally:
-            self._waiting.give_back(client)
-        return itertools.chain([rest], blocks)
+        client.read_bytes = PACED_READ_BYTES if self._rate else READ_BYTES
+        if not self.have_door:
+            return None
+        self._enter_door(client)
+        client.shake_hands(HANDSHAKE_SECONDS)
+        return Gate(client, self._is_password) if self.password else None
 
-    def _behind_password(self, client: Client, blocks: Iterator[tuple[bytes, bool]]) -> tuple[bytes, bool]:
-        """Ask for the password; return the rest of the block that it came in, behind the name that was asked for."""
-        client.give([memoryview(b"* password?\n")])
-        wanted_name = b""
-        tries = 0
-        for block, too_long in blocks:
-            is_wrong = too_long
-            for found in () if too_long else re.finditer(rb"([^\n]*)\n", block):
-                if any(hmac.compare_digest(line, self.password) for line in (found[1], TELNET.sub(b"", found[1]))):
-                    client.give([memoryview(b"* password accepted\n")])
-                    return wanted_name + block[found.end() :], False
-                if found[1].startswith((b"/nick ", b"/nick\t")):
-                    wanted_name = found[1][: UNCOMPOSED_CHARACTERS * 4] + b"\n"  # more is no name
-                elif found[1].strip(b" \t") in (b"exit", b"/quit"):
-                    raise Quit
-                else:
-                    is_wrong = True
-                    break
-            if is_wrong:
-                time.sleep(WRONG_SECONDS)  # so that guessing takes its time
-                tries += 1
-                if tries == PASSWORD_TRIES:
-                    raise Refused("wrong password")
-                client.give([memoryview(b"* wrong password\n")])
-        if time.monotonic() >= (client.deadline or 0.0):
+    def _is_password(self, line: bytes) -> bool:
+        return self._is_same(line, self.password) or self._is_same(TELNET.sub(b"", line), self.password)
+
+    def _enter_door(self, client: Client) -> None:
+        """Take a place at the door; if all are taken, that of the oldest of the host which has the most."""
+        with self._door_lock:
+            if sum(map(len, self._at_door.values())) >= DOOR_PLACES:
+                crowd = max(self._at_door.values(), key=len)
+                oldest = next(iter(crowd))
+                del crowd[oldest]
+                oldest.say(f"* refused: {CROWDED}")
+                oldest.evict()
+            self._at_door.setdefault(host_key(client.address), {})[client] = None
+
+    def leave_door(self, client: Client) -> None:
+        """Give up the place at the door, if ``client`` has one."""
+        if not self.have_door:
+            return
+        host = host_key(client.address)
+        with self._door_lock:
+            waiting = self._at_door.get(host, {})
+            waiting.pop(client, None)
+            if not waiting:
+                self._at_door.pop(host, None)
+
+    def new_pace(self) -> Pace | None:
+        """Return what holds one client to the pace that it may have; None if it may say what it likes."""
+        return Pace(self._rate) if self._rate else None
+
+
+class Gate:
+    """Asks one client for the password, before anything else is heard or said. Runs in its handler."""
+
+    def __init__(self, client: Client, is_password: Callable[[bytes], bool]) -> None:
+        self._client = client
+        self._is_password = is_password
+        self._name = b""  # the line with which it has asked for a name
+        self._tries = 0
+        self._read_bytes_after = client.read_bytes
+        client.read_bytes = DOOR_READ_BYTES
+        client.deadline = Deadline(PASSWORD_SECONDS)
+        client.say("* password?")
+
+    def rest_after_password(self, block: bytes, too_long: bool) -> bytes | None:
+        """Return what is to be heard of ``block`` if the password is in it: what follows, after the name asked for.
+
+        Each wrong line costs WRONG_SECONDS. Raises Refused after too many, Quit when the client leaves.
+        """
+        for found in re.finditer(rb"([^\n]*)\n", block):
+            line = found[1]
+            if self._is_password(line):
+                self._client.deadline = None
+                self._client.read_bytes = self._read_bytes_after
+                self._client.say("* password accepted")
+                return self._name + block[found.end() :]
+            if not self._name and re.match(rb"[\t ]*/(?i:nick)[\t ]", line):
+                self._name = line[: UNCOMPOSED_CHARACTERS * 4] + b"\n"  # more is no name
+            elif line.strip(b"\t ").lower() in (b"exit", b"/exit", b"/quit"):
+                raise Quit
+            else:
+                self._count_wrong()
+        if too_long:
+            self._count_wrong()
+        return None
+
+    def check_time(self) -> None:
+        """Raise Refused if the client was too late, or had to make room, rather than left."""
+        if self._client.evicted:
+            raise Refused(CROWDED)
+        if self._client.deadline and not self._client.deadline.left():
             raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
-        raise Quit
 
-    def pacer(self, client: Client) -> Callable[[Iterator[Spoken]], Iterator[Spoken]]:
-        """Return what passes on lines and commands of ``client`` at the pace that it may have. Blocks to hold it."""
-        return Pace(self._rate, client).hold if self._rate else iter
+    def _count_wrong(self) -> None:
+        time.sleep(WRONG_SECONDS)  # so that guessing takes its time
+        self._tries += 1
+        if self._tries == PASSWORD_TRIES:
+            raise Refused("wrong password")
+        self._client.say("* wrong password")
 
 
 class Pace:
-    """Holds one client to ``rate`` lines a second; after a silence it may say those of BURST_SECONDS at once."""
+    """A token bucket: a token for each line that is read; ``rate`` a second, those of BURST_SECONDS at once."""
 
-    def __init__(self, rate: int, client: Client) -> None:
+    def __init__(self, rate: int) -> None:
         self._rate = rate
-        self._client = client
-        self._allowed = float(rate * BURST_SECONDS)  # lines
+        self._tokens = float(rate * BURST_SECONDS)
         self._then = time.monotonic()  # when that was so
 
-    def hold(self, parts: Iterator[Spoken]) -> Iterator[Spoken]:
-        """Yield what ``spoken`` yields, in smaller parts, each when it may be said. A command counts as a line.
+    def parts(self, block: bytes, too_long: bool) -> list[bytes]:
+        """Return what is paid for one by one: the lines, one that was too long among them."""
+        return [*re.findall(rb"[^\n]*\n", block), *([b""] if too_long else [])]
 
-        Ends early when the client is gone: it would keep its name and place for as long as it has poured lines.
-        """
-        for lines, command in parts:
-            while lines:
-                count = self._wait()
-                if not count:
-                    return
-                rest = lines.split(b"\n", count)[-1]
-                some = lines[: len(lines) - len(rest)]
-                self._allowed -= some.count(b"\n")
-                lines = rest
-                yield some, ""
-            if command and command != "/quit":
-                if not self._wait():
-                    return
-                self._allowed -= 1
-            yield b"", command
-
-    def _wait(self) -> int:
-        """Wait until a line may be said; return how many may, none if the client is gone."""
-        while not self._client.gone:
+    def wait(self, client: Client) -> bool:
+        """Block until there is a token, and take it; return whether that was before ``client`` was gone."""
+        while not client.gone:
             now = time.monotonic()
-            self._allowed = min(self._rate * BURST_SECONDS, self._allowed + (now - self._then) * self._rate)
+            self._tokens = min(self._rate * BURST_SECONDS, self._tokens + (now - self._then) * self._rate)
             self._then = now
-            if self._allowed >= 1:
-                return int(self._allowed)
-            time.sleep((1 - self._allowed) / self._rate)
-        return 0
+            if self._tokens >= 1:
+                self._tokens -= 1
+                return True
+            time.sleep((1 - self._tokens) / self._rate)
+        return False
 
 
 def network(text: str) -> Network:
@@ -1854,6 +1901,11 @@ def password_from(path: str | None) -> bytes:
 
 
 # --- TLS: the same chat encrypted, for who asks for it with --tls-cert; else nothing of this runs ---------------------
+
+
+HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
+TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
+TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer at once: hundreds of new keys
 
 
 def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
@@ -1914,702 +1966,106 @@ def asked_of_clients(certificate: str) -> tuple[str, list[str]]:
     return " --tls", []
 
 
-class TlsClient(Client):
-    """A peer with TLS: what others give it and what its handler reads is text, what its socket has is ciphertext.
+class Codec:
+    """TLS between one client and its socket: an SSLObject and two buffers in memory, in which nothing ever waits.
 
-    An SSLSocket must not be read by one thread while another writes. So an SSLObject stands between two buffers in
-    memory, and is used with the client's lock held: nothing in it ever waits, and the socket is sent to and read as
-    always. A piece of the backlog is encrypted once the ciphertext before it is sent, and leaves the backlog with the
-    last of its own. What TLS itself has to say, new keys or the end (close_notify), the backlog has a byte for if it
-    cannot go at once, so that whoever sends backlogs sends this too.
+    Called with the client's lock held once hands are shaken: an SSLObject must not be read by one thread while another
+    writes.
     """
 
-    # What follows is set by ``prepare``, and guarded by the lock of every client.
-    _tls: ssl.SSLObject
-    _received: ssl.MemoryBIO
-    _output: ssl.MemoryBIO
-    _is_secure = False  # until then what is sent goes out as it is
-    _says_end = False
-    _ciphertext = memoryview(b"")  # out of the output, to be sent first
-    _encrypted = 0  # bytes at the front of the backlog, or of what is given, whose ciphertext that is
-    _silent = 0  # bytes that came since the last text
-    _ciphertext_taken = 0  # while there was a backlog, since the last note
-    _is_lost = False  # nothing can be sent any more
+    def __init__(self, context: ssl.SSLContext) -> None:
+        import ssl
 
-    def __init__(
-        self,
-        context: ssl.SSLContext,
-        sock: socket.socket,
-        address: tuple[str, int],
-        on_backlog: Callable[[Client], None],
-    ) -> None:
-        super().__init__(sock, address, on_backlog)
-        self._context = context
+        self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._output, server_side=True)
+        self._wants_more = ssl.SSLWantReadError
+        self._silent = 0  # bytes that came since the last text
+        self.is_ready = False  # until then what is sent goes out as it is
+        self.at_end = False  # the peer has said its close_notify
 
-    # Runs in the server thread
-
-    def under_floor(self, late: bool) -> bool:
-        """Do as for every client, with the ciphertext that was taken: it comes in smaller steps than pieces leave."""
-        self._taken, self._ciphertext_taken = self._ciphertext_taken, 0
-        return super().under_floor(late)
-
-    # Runs in the handler thread
-
-    def prepare(self) -> None:
-        """Set the socket's options, and do the handshake. Blocks HANDSHAKE_SECONDS at most.
+    def shake_hands(self, sock: socket.socket, deadline: Deadline) -> None:
+        """Do the handshake, before anything else is sent; block until the deadline at most.
 
         Raises Refused for a peer that does not speak TLS, OSError for one that does so wrongly, slowly, or is gone.
         """
-        import ssl
-
-        super().prepare()
-        deadline = time.monotonic() + HANDSHAKE_SECONDS
-        self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = self._context.wrap_bio(self._received, self._output, server_side=True)
         # With TLS the client speaks first: one that says nothing is as plain as one that says something else.
-        if not self.has_input(HANDSHAKE_SECONDS) or not self._sock.recv(1, socket.MSG_PEEK).startswith(TLS_HELLO[:1]):
+        is_silent = not ready(sock, selectors.EVENT_READ, deadline.left())
+        if is_silent or sock.recv(1, socket.MSG_PEEK) != TLS_HELLO[:1]:
             raise Refused("this server speaks TLS: join with mychatclient.py --tls")
-        while not self._is_secure:
-            seconds = deadline - time.monotonic()
-            if seconds <= 0 or not ready(self._sock, selectors.EVENT_READ, seconds):
+        while not self.is_ready:
+            if not ready(sock, selectors.EVENT_READ, deadline.left()):
                 raise TimeoutError
-            data = self._sock.recv(READ_BYTES)
+            data = sock.recv(READ_BYTES)
             if not data:
                 raise ConnectionResetError
-            with self._lock:
-                try:
-                    self._received.write(data)
-                    self._tls.do_handshake()
-                    self._is_secure = True
-                except ssl.SSLWantReadError:
-                    pass
-                finally:
-                    sent = self._send_ciphertext()
-            while not sent:
-                if self._is_lost or not ready(self._sock, selectors.EVENT_WRITE, max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                with self._lock:
-                    sent = self._send_ciphertext()
-
-    def has_input(self, seconds: float) -> bool:
-        with self._lock:
-            is_held = self._received.pending or self._tls.pending()
-        return bool(is_held) or super().has_input(seconds)
-
-    def recv(self, size: int) -> bytes:
-        """Wait for text and return it, as for every client; TCP's end without TLS's own is a reset."""
-        data = self._decrypted(b"", size)
-        while data is None:
-            ciphertext = super().recv(READ_BYTES)
-            if not ciphertext:
-                raise ConnectionResetError
-            data = self._decrypted(ciphertext, size)
-        return data
-
-    def _decrypted(self, ciphertext: bytes, size: int) -> bytes | None:
-        """Return what can be read with more ciphertext, ``size`` bytes at most, none at the end; None if there is none.
-
-        Raises OSError at what is not TLS.
-        """
-        import ssl
-
-        parts: list[bytes] = []
-        with self._lock:
-            self._received.write(ciphertext)
+            self._received.write(data)
             try:
-                while size > 0 and (part := self._tls.read(size)):
-                    parts.append(part)
-                    size -= len(part)
-                at_end = True
-            except ssl.SSLWantReadError:
-                at_end = False
-            except ssl.SSLError:
-                if not parts:  # else the next call raises it again
-                    raise
+                self._tls.do_handshake()
+                self.is_ready = True
+            except self._wants_more:
+                pass
             finally:
-                self._silent = 0 if parts else self._silent + len(ciphertext)
-                if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
-                    self._give_up(ENDED)  # it floods us with new keys, which take our time, under a lock
-                waits = self._send_output()
-        if waits:
-            self._on_backlog(self)
-        return b"".join(parts) if parts or at_end else None
+                sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
 
-    # Call with the lock held
+    def encrypted(self, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Return what is to be sent for ``pieces``."""
+        if not self.is_ready:
+            return pieces
+        whole = memoryview(b"".join(pieces))
+        ciphertext: list[memoryview] = []
+        with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
+            for start in range(0, len(whole), READ_BYTES):  # in steps: buffers that stay in the processor's cache
+                self._tls.write(whole[start : start + READ_BYTES])
+                ciphertext += self.output()
+        return ciphertext
 
-    def _send(self, pieces: Sequence[memoryview]) -> int:
-        if not self._is_secure:
-            return super()._send(pieces)
-        whole = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
-        sent = 0
-        while self._send_ciphertext():
-            sent += self._encrypted
-            piece = whole[sent : sent + TLS_PIECE_BYTES]
-            self._encrypted = len(piece)
-            if not piece:
-                break
-            try:
-                while piece:
-                    piece = piece[self._tls.write(piece) :]
-            except OSError:  # TLS has failed in reading, which has told the peer
-                self._give_up(LOST)
-        return 0 if self._is_lost else sent
+    def decrypted(self, data: bytes) -> bytes | None:
+        """Return the text that can be read with more ciphertext, empty at close_notify; None if there is none.
 
-    def _send_ciphertext(self) -> bool:
-        """Send what is encrypted; return whether all of it is sent."""
-        while not self._is_lost:
-            if not self._ciphertext:
-                self._ciphertext = memoryview(self._output.read())
-                if not self._ciphertext:
-                    return True
-            sent = super()._send([self._ciphertext])
-            if not sent:
-                return False
-            self._ciphertext = self._ciphertext[sent:]
-            self._said_at_taking = self.said
-            if self._backlog:
-                self._ciphertext_taken += sent
-        return False
-
-    def _send_output(self) -> bool:
-        """Send what TLS itself has to say; return whether it waits as a backlog of its own, which is to be watched."""
-        if self._backlog or self._send_ciphertext() or self._is_lost:
-            return False
-        self._backlog.append(memoryview(b"\0"))  # never sent: it stands for the ciphertext
-        self.behind = self._encrypted = 1
-        self.had_backlog = True
-        return True
-
-    def _give_up(self, state: int) -> None:
-        self._is_lost = True
-        super()._give_up(state)
-
-    def _shut(self, how: int) -> None:
-        if how == socket.SHUT_WR and self._is_secure and not self._says_end:
-            self._says_end = True
-            with contextlib.suppress(OSError):  # that the peer's own end has not come, or that TLS has failed
-                self._tls.unwrap()  # and nothing is decrypted any more: what was received and not read would be lost
-            if self._send_output():  # the next flush sends it, or nobody at a stop: then TCP's end has to do
-                return
-        super()._shut(how)
-
-
-# --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
-
-SERVER_NAME = re.compile(f"[0-9A-Za-z_-]{{1,{SERVER_NAME_CHARACTERS}}}")
-NATS_MESSAGE = re.compile(rb"MSG (\S+) \S+ (?:\S+ )?(\d{1,8})\r\n")
-SUBJECT = re.compile(rb"mychat\.[\w-]+\.([0-9A-Za-z_-]{1,40})\.(\w{1,16})\.(\d{1,9})\.(said|ask)")
-
-
-class Unlinked(Unusable):
-    """Why there is no link to the other servers, and what to do, as one sentence."""
-
-
-def abroad(lines: bytes, server: bytes) -> bytes:
-    """Return lines, and notices of people, as other servers show them: ``@server`` behind each label."""
-    lines = re.sub(rb"(?m)^((?:\* )?[^ :\n]+)", rb"\1@" + server, lines)
-    return re.sub(rb"(?m)^(\* \S+ is now \S+)$", rb"\1@" + server, lines)
-
-
-def admitted(message: bytes, server: bytes) -> bytes:
-    """Return the lines of a message that are whole, clean, not too long, and of people on ``server``."""
-    label = rb"[^ \t\n:*@]{1,96}@" + server
-    theirs = rb"(?m)^(?:%s:(.*)|\* %s (?:joined|left|is now %s))\n" % (label, label, label)
-    return b"".join(
-        line[0]
-        for line in re.finditer(theirs, clean(message[: message.rfind(b"\n") + 1]))
-        # Cleaning may have made three bytes of each.
-        if len(line[1] or b"") - 2 * (line[1] or b"").count("\ufffd".encode()) <= MAX_LINE_BYTES
-    )
-
-
-class Nats:
-    """A connection to one NATS, in its protocol: docs.nats.io, "NATS Client Protocol".
-
-    One thread takes what comes, any may send. When something raises OSError or Unlinked, it is over.
-    """
-
-    def __init__(
-        self, address: SplitResult, certificates: str | None, greeting: bytes, sign: Callable[[], bytes]
-    ) -> None:
-        """Connect and greet; then send what ``sign`` returns now and then. Raise OSError or Unlinked.
-
-        Blocks as long as NATS goes on with its answers, LINK_SIGN_SECONDS at most between two of them.
+        Raises OSError at what is not TLS, at TCP's end without TLS's own, and at a peer that sends records without
+        text, or asks for new keys, without end.
         """
-        self._name = nats_name(address)
-        self._sign = sign
-        self._input = bytearray()
-        self._sock = socket.create_connection((address.hostname, address.port or NATS_PORT), LINK_SIGN_SECONDS)
-        # Guards the socket, which with TLS stands one call at a time, and how often we asked whether NATS has it all.
-        self._using = threading.Lock()
-        self._pings = 0
-        # Guards what follows; notified when that changes.
-        self._changed = threading.Condition()
-        self._pongs = 0
-        self._is_over = False
-        self._unconfirmed: collections.deque[tuple[int, int]] = collections.deque()  # messages: answer's number, lines
-        # Only the thread that takes uses what follows.
-        self._heard_at = time.monotonic()
-        self.sign_due = self._heard_at + LINK_SIGN_SECONDS
-        self._asked = 1
-        try:
-            self._log_in(address, certificates, greeting)
-        except BaseException:
-            self.close()
-            raise
-
-    def _log_in(self, address: SplitResult, certificates: str | None, greeting: bytes) -> None:
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        verb, _, info = self._line().partition(b" ")
-        if verb == b"-ERR":
-            raise self._complaint(info)
-        try:
-            told = json.loads(info if verb == b"INFO" else b"")
-            most, speaks_tls = int(told["max_payload"]), told.get("tls_required") or told.get("tls_available")
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise self._no_nats() from None
-        self.most_bytes = min(most, LINK_MESSAGE_BYTES)  # of one message
-        if told.get("tls_required") or address.scheme == "tls":
-            if not speaks_tls:
-                raise Unlinked(f"{self._name} does not speak TLS: set it up there, or give a URL with nats://.")
-            self._input.clear()  # what follows in the clear could be anybody's
-            self._sock = encrypted(self._sock, address.hostname, certificates)
-        user, password = (unquote(text or "") for text in (address.username, address.password))
-        secret = {"auth_token": user} if address.password is None else {"user": user, "pass": password}
-        login = {"verbose": False, "pedantic": False, "echo": False, "name": "mychatserver", **(secret if user else {})}
-        self.send(b"CONNECT %s\r\n%s" % (json.dumps(login).encode(), greeting))
-        while not self._pongs:
-            self.take()
-
-    # Runs in the thread that takes
-
-    def take(self) -> tuple[bytes, bytes] | None:
-        """Wait for what NATS says next; return the subject and the payload if it is a message."""
-        line = self._line()
-        if message := NATS_MESSAGE.fullmatch(line):
-            pieces_too_many, size = divmod(int(message[2]), LINK_MESSAGE_BYTES + 1)
-            for _ in range(pieces_too_many):
-                self._read(LINK_MESSAGE_BYTES + 1)
-            payload = self._read(size + 2)[:-2]
-            return None if pieces_too_many else (message[1], payload)
-        verb, _, rest = line.partition(b" ")
-        if verb == b"PING\r\n":
-            self.send(b"PONG\r\n")
-        elif verb == b"PONG\r\n":
-            with self._changed:
-                self._pongs += 1
-                while self._unconfirmed and self._unconfirmed[0][0] <= self._pongs:
-                    self._unconfirmed.popleft()
-                self._changed.notify_all()
-        elif verb == b"-ERR":
-            raise self._complaint(rest)
-        elif verb not in (b"INFO", b"+OK\r\n"):
-            raise self._no_nats()
-        return None
-
-    def close(self) -> int:
-        """Close the connection; return how many lines were sent that NATS may not have."""
-        self._shut()
-        with self._using:  # or the number of the descriptor could become that of another, with a send still going on
-            self._sock.close()
-        with self._changed:
-            self._is_over = True
-            self._changed.notify_all()
-            return sum(lines for _, lines in self._unconfirmed)
-
-    def _line(self) -> bytes:
-        while b"\r\n" not in self._input:
-            if len(self._input) > LINK_WORDS_BYTES:
-                raise self._no_nats()
-            self._input += self._received()
-        return self._read(self._input.index(b"\r\n") + 2)
-
-    def _read(self, size: int) -> bytes:
-        while len(self._input) < size:
-            self._input += self._received()
-        data = bytes(self._input[:size])
-        del self._input[:size]
-        return data
-
-    def _received(self) -> bytes:
-        while (wait := self.sign_due - time.monotonic()) <= 0 or not ready(self._sock, selectors.EVENT_READ, wait):
-            self._give_sign()
-        with self._using:
-            data = self._sock.recv(READ_BYTES)  # no less than TLS decrypts at once, or nobody would know of the rest
         if not data:
-            raise Unlinked(f"{self._name} has closed the connection: its log may say why.")
-        self._heard_at = time.monotonic()
-        return data
-
-    def _give_sign(self) -> None:
-        """Send the sign of life that is due, unless NATS has not given any since the last."""
-        now = time.monotonic()
-        if self._pongs < self._asked and now - self._heard_at >= LINK_SIGN_SECONDS:
-            raise socket.timeout
-        self._asked = self.send(self._sign())
-        self.sign_due = now + LINK_SIGN_SECONDS
-
-    def _no_nats(self) -> Unlinked:
-        return Unlinked(f"What answers is not {self._name}: check the URL of --nats.")
-
-    def _complaint(self, text: bytes) -> Unlinked:
-        if b"Authorization" in text:
-            return Unlinked(f"{self._name} does not let us in: check user and password, or token, in the URL.")
-        words = clean(text[:200].strip(b"' \r\n")).decode()
-        return Unlinked(f"{self._name} says {words!r}: its log may say more.")
-
-    # Called from any thread
-
-    def send(self, words: bytes) -> int:
-        """Send, and ask NATS whether it has it; return the number of its answer. Blocks LINK_SIGN_SECONDS at most."""
-        with self._using:
-            try:
-                self._sock.sendall(words + b"PING\r\n")
-            except OSError:
-                self._shut()  # or half a message would have the next for its rest
+            raise ConnectionResetError
+        self._received.write(data)
+        parts: list[bytes] = []
+        try:
+            while part := self._tls.read(READ_BYTES):
+                parts.append(part)
+            self.at_end = True
+        except self._wants_more:
+            pass
+        except OSError:
+            if not parts:  # else the next call raises it again
                 raise
-            self._pings += 1
-            return self._pings
+        self._silent = 0 if parts else self._silent + len(data)
+        if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
+            raise ConnectionAbortedError
+        return b"".join(parts) if parts or self.at_end else None
 
-    def publish(self, message: bytes, lines: int) -> bool:
-        """Send a message of so many lines; return whether they are on their way, or else lost. Does not raise."""
-        try:
-            number = self.send(message)
-        except OSError:  # the thread that takes will be told, too
-            return False
-        with self._changed:
-            if number > self._pongs:
-                if self._is_over:
-                    return False
-                self._unconfirmed.append((number, lines))
-        return True
+    def ended(self) -> Sequence[memoryview]:
+        """Return what is to be sent at the end: TLS's own, close_notify."""
+        with contextlib.suppress(OSError, ValueError):  # the peer's own end has not come, or there was no handshake
+            self._tls.unwrap()
+        return self.output()
 
-    def confirms(self, but: int) -> bool:
-        """Wait until NATS has all messages but so many; return whether that comes before the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_over or len(self._unconfirmed) <= but)
-            return not self._is_over
-
-    def _shut(self) -> None:
-        with contextlib.suppress(OSError):  # NATS was faster
-            # Not the method of one with TLS, which first forgets the TLS: who sends just then would do so in the clear.
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
-
-class Arrivals(Writer):
-    """Says in this room what was said on other servers, however slow the room is."""
-
-    MISSED = "from the other servers not shown"
-
-    def __init__(self, room: Room, link: Link) -> None:
-        self._room, self._link = room, link
-        super().__init__("arrivals")
-
-    def _write(self, text: bytes) -> int:
-        while text:
-            some = front(text, READ_BYTES)
-            self._room.relay(self._link, some)
-            text = text[len(some) :]
-        return 0
-
-
-class Link(Writer):
-    """A member of the room and a speaker in it: the servers that share it, over NATS.
-
-    Writes what is said here to NATS, which brings it to each other server once, and says here what they said. Each
-    server publishes below mychat.ROOM.NAME alone, with the random ID of its process and the number of its connection:
-        mychat.ROOM.NAME.ID.NUMBER.said   whole lines, each with @NAME behind its label; without any, a sign of life
-        mychat.ROOM.NAME.ID.NUMBER.ask    who is there? And is another called NAME?
-    A line is believed only below the NAME that it has; who may publish there is for NATS's permissions to say. What
-    comes late, by an earlier connection, is dropped, or it would be out of order.
-    """
-
-    MISSED = "not sent to the other servers"
-    label = ""  # what it says has labels
-    leaving = False
-
-    def __init__(self, room: Room, console: Writer, errors: Writer, options: argparse.Namespace) -> None:
-        """Connect to the first NATS that answers. Blocks for seconds; raise Unlinked."""
-        self.said = 0
-        self._room = room
-        self._console = console
-        self._errors = errors
-        self._options = options
-        self._arrivals = Arrivals(room, self)
-        # Only one thread uses what follows, the main thread until ``start``, then the reader; others look.
-        self._addresses: collections.deque[SplitResult] = collections.deque(options.nats)  # the one in use first
-        self._name: bytes = options.server_name.encode()
-        self._name_is_settled = False
-        self._id = secrets.token_hex(8).encode()
-        self._connections = 0
-        self._heard: dict[bytes, tuple[float, bytes, int]] = {}  # when, and the last ID and NUMBER, by NAME
-        super().__init__("link")
-        # Guarded by the writer's condition.
-        self._nats: Nats | None = self._connected()
-        self._speaks_from = 0.0
-
-    # Runs in the main thread
-
-    def start(self) -> None:
-        """Settle our name, and join the room. Blocks LINK_ASK_SECONDS, in which another of that name has said so."""
-        threading.Thread(target=self._read, args=(self._nats,), name="link reader", daemon=True).start()
-        time.sleep(LINK_ASK_SECONDS)
-        self._name_is_settled = True
-        self._tell_name()
-        self._room.add(self)
-
-    # Called from any thread
-
-    def elsewhere(self) -> str:
-        """Return what a list of who is here ends with: the servers that were heard of in the last minute."""
-        since = time.monotonic() - HEARD_SECONDS
-        names = [name.decode() for name, (when, _, _) in self._heard.copy().items() if when >= since]
-        if not names:
-            return ""
-        more = f" and {len(names) - WHO_SHOWN} more" if len(names) > WHO_SHOWN else ""
-        return f", and people on {', '.join(names[:WHO_SHOWN])}{more}"
-
-    # Runs in the writer's thread
-
-    def _run(self) -> None:
-        super()._run()
-        if nats := self._nats:
-            nats.confirms(0)  # or what it has yet to read could be lost with the end of this process
-
-    def _write(self, text: bytes) -> int:
-        """Publish lines; say how many are missed, as NATS is too small for them or was lost before it had them."""
-        name, missed = self._name, 0
-        lines = abroad(text, name)
-        while lines:
-            nats = self._when_linked()
-            some = front(lines, nats.most_bytes)
-            lines = lines[len(some) :]
-            if len(some) > nats.most_bytes:
-                missed += some.count(b"\n")
-            elif not nats.publish(self._message(name, b"said", some), some.count(b"\n")):
-                missed += some.count(b"\n")
-                self._give_up(nats)  # or the rest would be lost, too, before the reader notices
-        if missed:
-            self._tell_missed(missed)
-        return 0
-
-    def _tell_missed(self, lines: int) -> bytes:
-        """Tell our own people, and the others nothing."""
-        self._arrivals.say(super()._tell_missed(lines).decode().rstrip())
-        return b""
-
-    def _when_linked(self) -> Nats:
-        """Wait for a connection that takes more, and for the other servers' own: they may be a pause behind."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._nats)
-                nats, seconds = self._nats, self._speaks_from - time.monotonic()
-            if seconds > 0:
-                time.sleep(seconds)
-            elif nats:
-                if nats.confirms(LINK_UNCONFIRMED - 1):
-                    return nats
-                self._give_up(nats)
-
-    def _give_up(self, nats: Nats) -> None:
-        """Use this connection no more, if it is not replaced already."""
-        with self._changed:
-            if self._nats is nats:
-                self._nats = None
-
-    def _message(self, name: bytes, kind: bytes, payload: bytes = b"") -> bytes:
-        subject = b"mychat.%s.%s.%s.%d.%s" % (self._options.room.encode(), name, self._id, self._connections, kind)
-        return b"PUB %s %d\r\n%s\r\n" % (subject, len(payload), payload)
-
-    # Runs in the reader's thread
-
-    def _read(self, nats: Nats) -> None:
-        """Hear the other servers; when the link is lost, find another. Does not end: the process does."""
-        pause = 0.0
-        while True:
-            since = time.monotonic()
-            try:
-                while True:
-                    if message := nats.take():
-                        self._hear(nats, *message)
-            except (Unlinked, OSError) as error:
-                problem = linking_problem(error, self._addresses[0])
-            self._give_up(nats)
-            missed = nats.close()
-            self._errors.say(problem)
-            self._arrivals.say("* link to the other servers lost")  # now: what is said behind it is kept
-            if missed:
-                self._tell_missed(missed)
-            if time.monotonic() - since > LINK_PAUSES[1]:
-                pause = 0.0
-            while True:
-                pause = next_pause(pause)
-                time.sleep(pause)
-                try:
-                    nats = self._connected()
-                    break
-                except Unlinked as error:
-                    if str(error) != problem:
-                        problem = str(error)
-                        self._errors.say(problem)
-            self._arrivals.say("* link restored")
-            with self._changed:
-                self._nats, self._speaks_from = nats, time.monotonic() + next_pause(pause)
-                self._changed.notify()
-
-    def _connected(self) -> Nats:
-        """Return a connection to the first NATS that answers; raise Unlinked, with the last problem, when none does."""
-        problem = ""
-        for address in self._addresses.copy():
-            self._connections += 1
-            greeting = b"SUB mychat.%s.> 1\r\n" % self._options.room.encode() + self._message(self._name, b"ask")
-            try:
-                return Nats(address, self._options.nats_ca, greeting, lambda: self._message(self._name, b"said"))
-            except (Unlinked, OSError, UnicodeError) as error:
-                self._addresses.rotate(-1)
-                problem = linking_problem(error, address)
-        raise Unlinked(problem)
-
-    def _hear(self, nats: Nats, subject: bytes, payload: bytes) -> None:
-        found = SUBJECT.fullmatch(subject)
-        if not found or found[2] == self._id:  # a stranger's, or our own by an earlier connection
-            return
-        name, its_id, number, kind = found[1], found[2], int(found[3]), found[4]
-        if kind == b"ask":  # those who ask at once are told at once
-            nats.sign_due = min(nats.sign_due, time.monotonic() + LINK_ASK_SECONDS / 4)
-        if name == self._name:
-            if kind == b"said" or not self._name_is_settled:
-                self._take_another_name(nats)
-            return
-        _, last_id, last_number = self._heard.get(name, (0.0, its_id, number))
-        if last_id == its_id and number < last_number:
-            return
-        if len(self._heard) >= SERVERS_REMEMBERED and name not in self._heard:
-            self._heard.clear()
-        self._heard[name] = time.monotonic(), its_id, number
-        if lines := admitted(payload, name) if kind == b"said" else b"":
-            self._arrivals.give([memoryview(lines)])
-        time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
-
-    def _take_another_name(self, nats: Nats) -> None:
-        """Be told from another server of our name; once, as a name by chance has no other, whatever a stranger says."""
-        given: bytes = self._options.server_name.encode()
-        if self._name == given:
-            suffix = "".join(secrets.choice("abcdefghijkmnpqrstuvwxyz23456789") for _ in range(4))
-            self._name = b"%s-%s" % (given, suffix.encode())
-            nats.sign_due = time.monotonic()
-            if self._name_is_settled:
-                self._tell_name()
-
-    def _tell_name(self) -> None:
-        self._console.say(f"Linked to room {self._options.room} as {self._name.decode()}")
-
-
-def next_pause(pause: float) -> float:
-    return min(max(LINK_PAUSES[0], 2 * pause), LINK_PAUSES[1])
-
-
-def encrypted(sock: socket.socket, host: str | None, certificates: str | None) -> socket.socket:
-    """Return the socket with TLS on it. Blocks as long as its timeout; raise OSError or Unlinked."""
-    try:
-        import ssl
-
-        context = ssl.create_default_context(cafile=certificates)
-    except ImportError:
-        raise Unlinked("This Python has no ssl module, so no TLS: use another Python, or a NATS without.") from None
-    except OSError as error:
-        raise Unlinked(f"Cannot use {certificates}: {error.strerror}; give --nats-ca certificates in PEM.") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if certificates is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
-        context.verify_flags |= X509_V_FLAG_PARTIAL_CHAIN
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # ... and one that openssl has made, as on those before
-    return context.wrap_socket(sock, server_hostname=host)
-
-
-def nats_name(address: SplitResult) -> str:
-    return f"NATS at {address.hostname} port {address.port or NATS_PORT}"
-
-
-def linking_problem(error: Exception, address: SplitResult) -> str:
-    """Return one sentence that says why there is no link, and what to do."""
-    if isinstance(error, Unlinked):
-        return str(error)
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {address.hostname!r}: check the URL of --nats."
-    if isinstance(error, ConnectionRefusedError):
-        return f"No {nats_name(address)}: start nats-server there, or give --nats another URL."
-    if isinstance(error, socket.timeout):
-        return f"No answer from {nats_name(address)}: is it stopped, or a firewall between? Check the URL of --nats."
-    if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError
-        reason = f"has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one"
-        return f"{nats_name(address)} {reason}."
-    return f"Cannot reach {nats_name(address)}: {getattr(error, 'strerror', '') or error}; check the URL of --nats."
-
-
-def nats_addresses(text: str) -> list[SplitResult]:
-    """Return the addresses in a list of URLs; raise what argparse turns into a usage error, without what is secret."""
-    try:
-        addresses = [urlsplit(url) for url in text.split(",")]
-        are_good = all(
-            address.scheme in ("nats", "tls")
-            and address.hostname
-            and address.port != 0
-            and address.path + address.query + address.fragment in ("", "/")
-            for address in addresses
-        )
-    except ValueError:  # no number for a port, half an IPv6 address
-        are_good = False
-    if not are_good:
-        raise argparse.ArgumentTypeError(
-            "not a URL like nats://HOST:PORT or tls://HOST:PORT, with USER:PASSWORD@ or TOKEN@ before HOST if need be"
-        )
-    return addresses
-
-
-def word(text: str) -> str:
-    """Return the name of a room or a server; raise what argparse turns into a usage error."""
-    if not SERVER_NAME.fullmatch(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a name: letters, digits, _ and -, {SERVER_NAME_CHARACTERS} at most"
-        )
-    return text
-
-
-class DiscreetParser(argparse.ArgumentParser):
-    """A parser that repeats no secret when arguments are wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(re.sub(r"://\S*@", "://...@", message))
-
-
-def add_link_options(option: Callable[..., object]) -> None:
-    """Add the options of the link to those of the command line."""
-    option("--nats", type=nats_addresses, metavar="URL[,URL...]", help="share a room (default: MYCHAT_NATS, or do not)")
-    option("--room", type=word, metavar="NAME", help="the room to share (default: main)")
-    option("--server-name", type=word, metavar="NAME", help="what other servers call this one (default: the host's)")
-    option("--nats-ca", metavar="PEM", help="who may certify NATS (default: whom the system trusts)")
-
-
-def see_to_link_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Fill in what was not given; end with a usage line when that is not possible."""
-    in_environment = os.environ.get("MYCHAT_NATS")
-    if options.nats is None and in_environment:
-        try:
-            options.nats = nats_addresses(in_environment)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"MYCHAT_NATS: {error}")
-    elif options.nats and any(address.username for address in options.nats):
-        warn("What is secret in --nats can be seen by all on this machine: give the URL in MYCHAT_NATS instead.")
-    if not options.nats:
-        if options.room or options.server_name or options.nats_ca:
-            parser.error("--room, --server-name and --nats-ca say more of --nats, which is missing")
-        return
-    own_name = re.sub("[^0-9A-Za-z_-]", "-", socket.gethostname().partition(".")[0])[:SERVER_NAME_CHARACTERS]
-    options.server_name = options.server_name or own_name or "server"
-    options.room = options.room or "main"
+    def output(self) -> Sequence[memoryview]:
+        """Return what TLS has to send: for what was given to it, or of its own."""
+        data = self._output.read()
+        return [memoryview(data)] if data else []
 
 
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
+
+
+EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - to listen on only if asked for
+STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
+SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
+WRITER_SECONDS = 0.4  # in which the last lines must be shown and logged when the server stops
+
+
+class Unusable(Exception):
+    """What is wrong with what an option names, and what to do, as one sentence."""
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -2663,25 +2119,29 @@ def addresses_for_others(host: str) -> list[str]:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:  # no such route
             asking.connect((target, 9))
             found.append(asking.getsockname()[0])
-    if not found and sys.platform == "linux":  # no way out of this network: the way to a group by each interface
-        for index, _ in socket.if_nameindex():
+    if not found and sys.platform == "linux":  # no way out of this network: the way to everybody by each interface
+        for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-                asking.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, membership(index))
-                asking.connect((DISCOVERY_GROUP, 9))
+                asking.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+                asking.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
+                asking.connect(("255.255.255.255", 9))
                 found.append(asking.getsockname()[0])
-    with contextlib.suppress(OSError):  # the machine does not know its own name
+    with contextlib.suppress(OSError, UnicodeError):  # the machine does not know its own name, or it is none
         found += [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)]
-    usable = []
-    for address in dict.fromkeys(found):
-        parsed = ipaddress.ip_address(address)
-        if not (parsed.is_loopback or parsed.is_link_local) and (host == "::" or parsed.version == 4):
-            usable.append(address)
-    return usable
+    parsed = [ipaddress.ip_address(address) for address in dict.fromkeys(found)]
+    usable = [
+        one for one in parsed if not (one.is_loopback or one.is_unspecified) and (host == "::" or one.version == 4)
+    ]
+    # An address of this link alone helps when there is no other; an IPv6 one would need an interface of the reader's.
+    routed = [str(one) for one in usable if not one.is_link_local]
+    return routed or [str(one) for one in usable if one.version == 4]
 
 
 def say_where(console: Writer, errors: Writer, listener: socket.socket, guests: Guests, lan: bool, found: bool) -> None:
     """Show where the server listens, and how others can join if they can: also by ``--lan`` if it can be found."""
-    host, port = listener.getsockname()[:2]
+    host, port, *rest = listener.getsockname()
+    if len(rest) == 2 and rest[1] and "%" not in host:  # a link-local address is nothing without its interface
+        host += f"%{socket.if_indextoname(rest[1])}"
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
     if not ipaddress.ip_address(host).is_loopback:
         if guests.password and not guests.certificate:
@@ -2704,7 +2164,8 @@ def say_how_to_join(console: Writer, host: str, port: int, found: bool, certific
     if found and (not names or set(names) & set(others)):
         console.say(f"{command} --lan")
     for name in names or others:
-        console.say(f"{command} {name}{'' if port == DEFAULT_PORT else f' {port}'}")
+        own = " (with the interface on your side behind the %)" if "%" in name else ""
+        console.say(f"{command} {name}{'' if port == DEFAULT_PORT else f' {port}'}{own}")
     if not others:
         console.say("No address was found that others could join by: is this machine on a network?")
 
@@ -2728,6 +2189,50 @@ def warn(text: str) -> None:
         os.write(2, f"{text}\n".encode("utf-8", "replace"))
 
 
+def stream_writer(descriptor: int) -> Writer:
+    """Return what writes to a descriptor, the console's for example."""
+    # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
+    file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
+
+    def write(text: bytes) -> None:
+        rest = memoryview(text)
+        while rest:
+            if sys.platform != "win32":
+                os.set_blocking(descriptor, True)  # it may be shared with a program that sets it otherwise
+            rest = rest[file.write(rest) or 0 :]
+
+    return Writer("stream", write)
+
+
+def log_writer(path: str, errors: Writer) -> Writer:
+    """Return what appends to a file, the time before each line; raise OSError when nothing can be appended to it.
+
+    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over.
+    """
+    with open(path, "ab"):
+        pass
+    lines_lost = 0  # since it went wrong
+
+    def write(text: bytes) -> None:
+        nonlocal lines_lost
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds").encode() + b" "
+        rest = memoryview(now + text[:-1].replace(b"\n", b"\n" + now) + b"\n")
+        try:
+            with open(path, "ab", buffering=0) as file:
+                while rest:
+                    rest = rest[file.write(rest) :]
+        except OSError as error:
+            if not lines_lost:
+                errors.say(f"Cannot write to {path}: {error.strerror}; the chat goes on without a log.")
+            lines_lost += bytes(rest).count(b"\n")
+            return
+        if lines_lost:
+            errors.say(f"Writing to {path} again: {lines_lost} lines were not written.")
+            lines_lost = 0
+
+    return Writer("log", write, "not written")
+
+
 def open_missing_descriptors() -> None:
     """Open the null device for a standard stream that was closed, or a socket would get its number and its text."""
     descriptor = os.open(os.devnull, os.O_RDWR)
@@ -2735,6 +2240,12 @@ def open_missing_descriptors() -> None:
         os.set_inheritable(descriptor, True)
         descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
+
+
+def has_no_terminal() -> bool:
+    """Return whether this runs in a program that has put something of its own in a terminal's place, as IDLE does."""
+    is_replaced = sys.stdin is not sys.__stdin__ or sys.stdout is not sys.__stdout__
+    return is_replaced and not (os.isatty(0) and os.isatty(1))
 
 
 def raise_descriptor_limit() -> None:
@@ -2762,7 +2273,7 @@ def number(least: int, most: int) -> Callable[[str], int]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
-    parser = DiscreetParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
     option = parser.add_argument
     where = parser.add_mutually_exclusive_group().add_argument
     where("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
@@ -2801,12 +2312,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
     option("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
     option("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
-    add_link_options(option)
     option("--version", action="version", version=f"mychatserver {__version__}")
     options = parser.parse_args(argv)
     if options.tls_key is not None and options.tls_cert is None:
         parser.error("--tls-key is the key of a certificate: give --tls-cert too")
-    see_to_link_options(parser, options)
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
         options.host = options.host[1:-1]
     return options
@@ -2816,11 +2325,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit status: 0 when it was stopped, 1 when something is in its way."""
     try:
         open_missing_descriptors()
+        if has_no_terminal():
+            print("Run this in a terminal: python mychatserver.py")
+            return 1
         options = parse_args(argv)
         raise_descriptor_limit()
         new_client: NewClient = Client
         if options.tls_cert is not None:
-            new_client = functools.partial(TlsClient, tls_context(options.tls_cert, options.tls_key))
+            context = tls_context(options.tls_cert, options.tls_key)
+
+            def new_client(*arguments: Any) -> Client:
+                return Client(*arguments, Codec(context))
+
         password = password_from(options.password_file)
         guests = Guests(options.allow, password, options.rate, options.tls_cert)
         try:
@@ -2831,33 +2347,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, UnicodeError) as error:
             warn(listening_problem(error, options.host, options.port))
             return 1
-        console, errors = Stream(1), Stream(2)
+        console, errors = stream_writer(1), stream_writer(2)
         writers: list[Writer] = [console, errors]
         log = None
         if options.log is not None:
             try:
-                log = Log(options.log, errors)
+                log = log_writer(options.log, errors)
             except OSError as error:
                 warn(f"Cannot write to {options.log}: {error.strerror}; give --log another file.")
                 return 1
             writers.insert(0, log)
-        places = Places(options.max_clients, options.max_per_host)
-        room = Room(console, log, places, options.quiet, options.announce, options.history)
-        link = Link(room, console, errors, options) if options.nats else None
-        if link:
-            writers.append(link)
+        room = Room(
+            console,
+            log,
+            Limit(options.max_clients, options.max_per_host) if options.max_clients or options.max_per_host else None,
+            options.quiet,
+            options.announce,
+            History(options.history) if options.history else None,
+            shares_bytes=options.tls_cert is None,
+        )
         discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
         say_where(console, errors, listener, guests, options.lan, discovery is not None)
-        if link:
-            link.start()
         threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(SWITCH_SECONDS)
         status = Server(listener, room, console, errors, guests, discovery, new_client).run()
         for writer in writers:
             writer.close()
-        deadline = time.monotonic() + WRITER_SECONDS
+        deadline = Deadline(WRITER_SECONDS)
         for writer in writers:
-            writer.join(max(0.0, deadline - time.monotonic()))
+            writer.join(deadline.left())
     except Unusable as problem:
         warn(str(problem))
         return 1
