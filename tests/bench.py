@@ -64,7 +64,7 @@ class Failed(Exception):
     """A server did not do what the cell asks; the text says what."""
 
 
-# --- The servers: how each is started and spoken to -------------------------------------------------------------------
+# --- The servers: how each is started and parse to -------------------------------------------------------------------
 
 
 class Rival:

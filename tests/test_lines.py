@@ -11,7 +11,7 @@ from unittest import mock
 
 import mychatclient
 import mychatserver
-from mychatserver import MAX_LINE_BYTES, clean, labelled, spoken
+from mychatserver import MAX_LINE_BYTES, clean, labelled, parse
 from tests.support import LONG, new_framer
 
 STREAM = (
@@ -179,21 +179,21 @@ class Speaking(unittest.TestCase):
             (b"a\n  exit\n", b"a\n", "/quit"),
         ):
             with self.subTest(block=block):
-                self.assertEqual(list(spoken(block)), [(lines, command)])
+                self.assertEqual(list(parse(block)), [(lines, command)])
 
     def test_commands_and_what_only_looks_like_one(self) -> None:
         text = b"/etc/hosts\n/\n/Nick a\n / nick\n//\n//x/y\n///nick\n/nick: a\n/n1 a\n"
-        self.assertEqual(list(spoken(text)), [(text, "")])
-        self.assertEqual(list(spoken(b"//nick ann\n//a\n//a\tb\n")), [(b"/nick ann\n/a\n/a\tb\n", "")])
+        self.assertEqual(list(parse(text)), [(text, "")])
+        self.assertEqual(list(parse(b"//nick ann\n//a\n//a\tb\n")), [(b"/nick ann\n/a\n/a\tb\n", "")])
         self.assertEqual(
-            list(spoken(b"a\n/nick ann\nb\n/who\n/msg x\ty \nexit\n/who\n")),
+            list(parse(b"a\n/nick ann\nb\n/who\n/msg x\ty \nexit\n/who\n")),
             [(b"a\n", "/nick ann"), (b"b\n", "/who"), (b"", "/msg x\ty "), (b"", "/quit")],
         )
 
     def test_only_space_and_tab_are_blanks(self) -> None:
         for blank in "\x0b\x0c\x1c\x85\xa0\u2003\u3000":
             block = clean(f"{blank}\n{blank}exit\n/who{blank}\n".encode())
-            self.assertEqual(list(spoken(block)), [(block, "")])
+            self.assertEqual(list(parse(block)), [(block, "")])
 
     def test_each_line_is_labelled(self) -> None:
         self.assertEqual(labelled("54358", b"a\n\tb\n", 100), (b"54358:a\n54358:\tb\n", b""))

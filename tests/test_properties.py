@@ -18,7 +18,7 @@ except ImportError:
 
 import mychatclient
 import mychatserver
-from mychatserver import abroad, admitted, clean, folded, labelled, name_problem, spoken
+from mychatserver import abroad, admitted, clean, folded, labelled, name_problem, parse
 from tests.support import LONG, LOOPBACK, Peer, Server, new_framer
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
@@ -105,7 +105,7 @@ class Lines(unittest.TestCase):
             elif line.strip(b" \t"):
                 expected.append(("says", line))
         found: list[tuple[str, bytes]] = []
-        for lines, command in spoken(stream + b"\n"):
+        for lines, command in parse(stream + b"\n"):
             found += [("says", line) for line in lines.split(b"\n")[:-1]]
             if command == "/quit" and len(found) + 1 == len(expected) and expected[-1][0] == "leaves":
                 found.append(("leaves", b""))
@@ -326,9 +326,9 @@ class Room(RuleBasedStateMachine):
         client = self.speaker(number)
         if client:
             self.type(client, "".join(f"{line}\n" for line in lines))
-            spoken = [f"{client.label}:{line}" for line in lines]
-            self.said += spoken
-            self.tell(self.others(client), *spoken)
+            parse = [f"{client.label}:{line}" for line in lines]
+            self.said += parse
+            self.tell(self.others(client), *parse)
 
     @rule(number=PEOPLE, name=WORDS)
     def rename(self, number: int, name: str) -> None:

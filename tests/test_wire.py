@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import unittest
 
-from mychatserver import clean, spoken
+from mychatserver import clean, parse
 from tests.support import LOOPBACK, Peer, SharedServerTestCase, as_heard, numbered_lines
 from tests.test_lines import STREAM, reference_lines
 
@@ -45,7 +45,7 @@ class Wire(WireTestCase):
     def test_however_the_bytes_are_cut_the_same_lines_come(self) -> None:
         """Every cut in two, and one byte a packet, each from a sender of its own."""
         stream = b"first\n" + STREAM.replace(b"exit \r\n", b"")  # nobody leaves before the end
-        [(expected, _)] = spoken(clean(b"".join(line + b"\n" for line in reference_lines(stream))))
+        [(expected, _)] = parse(clean(b"".join(line + b"\n" for line in reference_lines(stream))))
         for cut in [*range(1, len(stream)), None]:
             with self.server.peer() as sender:
                 pieces = [stream[:cut], stream[cut:]] if cut else [bytes([byte]) for byte in stream]
