@@ -42,15 +42,16 @@ To read it
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import datetime
 import errno
 import functools
 import hmac
+import importlib
 import ipaddress
 import itertools
-import json
 import os
 import re
 import secrets
@@ -61,8 +62,8 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar, Union
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, Union
 from urllib.parse import SplitResult, unquote, urlsplit
 
 if TYPE_CHECKING:
@@ -138,17 +139,6 @@ TLS_PIECE_BYTES = 65_536  # encrypted at once, of what one client is given: each
 TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
 TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer, unsent or at once: hundreds of new keys
 X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
-
-NATS_PORT = 4222
-SERVER_NAME_CHARACTERS = 32  # with a suffix and a person's name no longer than clients take for a label
-LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
-LINK_UNCONFIRMED = 8  # messages at most that NATS may not have: what is lost with it
-LINK_WORDS_BYTES = 65_536  # of what is no message: what NATS says of itself is the longest
-LINK_ASK_SECONDS = 0.5  # in which another server of our name has said so
-LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to give one; also to take the connection, and us
-LINK_PAUSES = 0.5, 10.0  # seconds before trying to connect again: at first, doubling up to this
-HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
-SERVERS_REMEMBERED = 10_000  # a stranger may make up more
 
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
@@ -392,8 +382,6 @@ class Member(Protocol):
 
 class Speaker(Member, Protocol):
     """What the room knows of those who say something: people, and the link to other servers."""
-
-    said: int  # bytes, all told
 
     @property
     def label(self) -> str:
@@ -656,14 +644,18 @@ class Client:
 
 
 class Writer:
-    """A member that only listens, with a queue and a thread of its own: the console, the log, and what goes wrong.
+    """A member that only listens: a queue, and a thread that writes what is in it, however slow that is.
 
-    It makes nobody late: what is over WRITER_BYTES in the queue is counted and said, not written.
+    It makes nobody wait: what is over WRITER_BYTES in the queue is counted, and the count written in its place.
     """
 
-    MISSED = "not shown"
+    def __init__(self, name: str, write: Callable[[bytes], None], missed: str = "not shown") -> None:
+        """Start the thread. ``write`` takes whole lines, may block, and raises OSError when they could not be written.
 
-    def __init__(self, name: str) -> None:
+        Lines that were over the bound, or that it could not write, are told of as ``* 12 lines not shown``.
+        """
+        self._write = write
+        self._missed = missed
         # Guards what follows; notified when there is something to do.
         self._changed = threading.Condition()
         self._queue: list[memoryview] = []
@@ -673,7 +665,10 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
+    # Called from any thread
+
     def give(self, pieces: Sequence[memoryview], limit: int = WRITER_BYTES) -> int:
+        """Queue whole lines, or count them when the queue is full; return 0, as nobody has to wait for a writer."""
         with self._changed:
             if self._bytes > limit:
                 self._lines_missed += sum(bytes(piece).count(b"\n") for piece in pieces)
@@ -688,7 +683,7 @@ class Writer:
         self.give([memoryview(f"{text}\n".encode("utf-8", "replace"))], 2 * WRITER_BYTES)
 
     def close(self) -> None:
-        """Have the thread end behind the last of the queue. Does not block."""
+        """Have the thread end after the last of the queue. Does not block."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -705,84 +700,60 @@ class Writer:
                 self._changed.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
                     return
-                text = b"".join(self._queue)
-                if self._lines_missed:  # all of them, chat at least, came behind what is in the queue, which was full
-                    text += self._tell_missed(self._lines_missed)
+                text, missed = b"".join(self._queue), self._lines_missed
                 self._queue, self._bytes, self._lines_missed = [], 0, 0
-            missed = self._write(text)
-            with self._changed:
-                self._lines_missed += missed
-
-    def _tell_missed(self, lines: int) -> bytes:
-        """Return the line to write that tells of lines that were missed."""
-        return f"* {lines} lines {self.MISSED}\n".encode()
-
-    def _write(self, text: bytes) -> int:
-        """Write whole lines; block as long as that takes; return how many to count as missed."""
-        raise NotImplementedError
+            # What was missed came after the queue, which was full.
+            notice = f"* {missed} lines {self._missed}\n".encode() if missed else b""
+            try:
+                self._write(text + notice)
+            except OSError:  # closed, or the disk is full: that may change
+                with self._changed:
+                    self._lines_missed += missed + text.count(b"\n")
 
 
-class Stream(Writer):
-    """Writes to a descriptor, the console's for example."""
+def write_to_stream(descriptor: int) -> Callable[[bytes], None]:
+    """Return a function for a Writer that writes to a standard stream."""
+    # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
+    file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
 
-    def __init__(self, descriptor: int) -> None:
-        # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
-        self._file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
-        super().__init__("stream")
+    def write(text: bytes) -> None:
+        rest = memoryview(text)
+        while rest:
+            if sys.platform != "win32":
+                os.set_blocking(file.fileno(), True)  # it may be shared with a program that sets it otherwise
+            rest = rest[file.write(rest) or 0 :]
 
-    def _write(self, text: bytes) -> int:
-        try:
-            rest = memoryview(text)
-            while rest:
-                if sys.platform != "win32":
-                    os.set_blocking(self._file.fileno(), True)  # it may be shared with a program that sets it otherwise
-                rest = rest[self._file.write(rest) or 0 :]
-        except OSError:  # closed, or the disk is full: chat goes on, and the console too if that changes
-            return text.count(b"\n")
-        return 0
+    return write
 
 
-class Log(Writer):
-    """Appends to a file, the time before each line.
+def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
+    """Return a function for a Writer that appends to a file, the time before each line, and tells of what goes wrong.
 
-    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over.
+    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over. Raises
+    OSError when nothing can be appended now.
     """
+    with open(path, "ab"):
+        pass
+    lines_lost = 0  # since it went wrong
 
-    MISSED = "not written"
-
-    def __init__(self, path: str, errors: Writer) -> None:
-        """Raise OSError when nothing can be appended to the file."""
-        with open(path, "ab"):
-            pass
-        self._path = path
-        self._errors = errors
-        self._lines_lost = 0  # since it went wrong
-        super().__init__("log")
-
-    def _write(self, text: bytes) -> int:
+    def write(text: bytes) -> None:
+        nonlocal lines_lost
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds").encode() + b" "
-        stamped = now + text[:-1].replace(b"\n", b"\n" + now) + b"\n"
-        rest = memoryview(stamped)
+        rest = memoryview(now + text[:-1].replace(b"\n", b"\n" + now) + b"\n")
         try:
-            with open(self._path, "ab", buffering=0) as file:
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    begun = len(stamped) - len(rest) - (stamped.rfind(b"\n", 0, len(stamped) - len(rest)) + 1)
-                    with contextlib.suppress(OSError):  # it is no file that can be cut
-                        if begun:
-                            file.truncate(file.tell() - begun)  # so much of a line
-                    raise
+            with open(path, "ab", buffering=0) as file:
+                while rest:
+                    rest = rest[file.write(rest) :]
         except OSError as error:
-            if not self._lines_lost:
-                self._errors.say(f"Cannot write to {self._path}: {error.strerror}; the chat goes on without a log.")
-            self._lines_lost += bytes(rest).count(b"\n")
-            return 0
-        if self._lines_lost:
-            self._errors.say(f"Writing to {self._path} again: {self._lines_lost} lines were not written.")
-            self._lines_lost = 0
-        return 0
+            if not lines_lost:
+                errors.say(f"Cannot write to {path}: {error.strerror}; the chat goes on without a log.")
+            lines_lost += bytes(rest).count(b"\n")
+            return
+        if lines_lost:
+            errors.say(f"Writing to {path} again: {lines_lost} lines were not written.")
+            lines_lost = 0
+
+    return write
 
 
 # --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
@@ -938,7 +909,6 @@ class Room:
             block, rest = self._wait(client, lambda: self._portion(client, lines))
             if not block:
                 return rest, False
-            client.said += len(block)
             return rest, self._append(client, block)
 
     def rename(self, client: Client, name: str) -> None:
@@ -1178,9 +1148,6 @@ class Room:
         self._share = max(PORTION_MIN_BYTES, min(SHARE_MAX_BYTES, shares // members))
         self._shares = dict.fromkeys(self._clients.values(), self._share)
         self._common = shares // 4
-        if self._link:  # it speaks for many, so half of this is set aside for it
-            self._common //= 2
-            self._shares[self._link] = self._common
 
     def _portion(self, client: Speaker, lines: bytes) -> tuple[bytes, bytes] | None:
         """Return what ``client`` may put down now of its ``lines``, labelled and paid for, and the others.
@@ -1552,9 +1519,9 @@ class Server:
                 for lines, command in paced(spoken(block)):
                     if client.leaving:
                         break
+                    client.said += len(lines) + len(command)
                     self._room.relay(client, lines)
                     if command:
-                        client.said += len(command)
                         obey(self._room, client, command)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
@@ -2096,24 +2063,36 @@ class TlsClient(Client):
 
 # --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
 
+NATS_PORT = 4222
+SERVER_NAME_CHARACTERS = 32  # with a person's name no longer than clients take for a label
+LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
+LINK_CONNECT_SECONDS = 4.0  # to try all URLs, but a second each at least
+LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to confirm one
+LINK_PAUSE_SECONDS = 1.0  # before trying to connect again
+LINK_NODES = 100  # of a cluster, as one of them tells
+HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
+SERVERS_REMEMBERED = 10_000  # a stranger may make up more
+
 SERVER_NAME = re.compile(f"[0-9A-Za-z_-]{{1,{SERVER_NAME_CHARACTERS}}}")
-NATS_MESSAGE = re.compile(rb"MSG (\S+) \S+ (?:\S+ )?(\d{1,8})\r\n")
-SUBJECT = re.compile(rb"mychat\.[\w-]+\.([0-9A-Za-z_-]{1,40})\.(\w{1,16})\.(\d{1,9})\.(said|ask)")
+SUBJECT = re.compile(r"mychat\.[0-9A-Za-z_-]+\.([0-9A-Za-z_-]{1,40})\.([0-9A-Za-z_]{1,16})\.([0-9]{1,9})\.said")
+NOT_SENT = "not sent to the other servers"
+MISSED = re.compile(rb"(?m)^\* (\d+) lines %s\n" % NOT_SENT.encode())  # from the link's own writer: no label is so
+CREDENTIALS = re.compile(r"BEGIN NATS USER JWT-+\s+(\S+)\s.*BEGIN USER NKEY SEED-+\s+(\S+)\s", re.DOTALL)
 
 
 class Unlinked(Unusable):
     """Why there is no link to the other servers, and what to do, as one sentence."""
 
 
-def abroad(lines: bytes, server: bytes) -> bytes:
-    """Return lines, and notices of people, as other servers show them: ``@server`` behind each label."""
-    lines = re.sub(rb"(?m)^((?:\* )?[^ :\n]+)", rb"\1@" + server, lines)
-    return re.sub(rb"(?m)^(\* \S+ is now \S+)$", rb"\1@" + server, lines)
+def qualified(lines: bytes, server: str) -> bytes:
+    """Return lines, and notices of people, as other servers show them: ``@server`` after each label."""
+    lines = re.sub(rb"(?m)^((?:\* )?[^ :\n]+)", rb"\1@" + server.encode(), lines)
+    return re.sub(rb"(?m)^(\* \S+ is now \S+)$", rb"\1@" + server.encode(), lines)
 
 
-def admitted(message: bytes, server: bytes) -> bytes:
+def validated(message: bytes, server: str) -> bytes:
     """Return the lines of a message that are whole, clean, not too long, and of people on ``server``."""
-    label = rb"[^ \t\n:*@]{1,96}@" + server
+    label = rb"[^ \t\n:*@]{1,96}@" + server.encode()
     theirs = rb"(?m)^(?:%s:(.*)|\* %s (?:joined|left|is now %s))\n" % (label, label, label)
     return b"".join(
         line[0]
@@ -2123,447 +2102,356 @@ def admitted(message: bytes, server: bytes) -> bytes:
     )
 
 
-class Nats:
-    """A connection to one NATS, in its protocol: docs.nats.io, "NATS Client Protocol".
+class Link:
+    """A member of the room and a speaker in it: the servers that share it, over NATS, by the library nats-py.
 
-    One thread takes what comes, any may send. When something raises OSError or Unlinked, it is over.
-    """
-
-    def __init__(
-        self, address: SplitResult, certificates: str | None, greeting: bytes, sign: Callable[[], bytes]
-    ) -> None:
-        """Connect and greet; then send what ``sign`` returns now and then. Raise OSError or Unlinked.
-
-        Blocks as long as NATS goes on with its answers, LINK_SIGN_SECONDS at most between two of them.
-        """
-        self._name = nats_name(address)
-        self._sign = sign
-        self._input = bytearray()
-        self._sock = socket.create_connection((address.hostname, address.port or NATS_PORT), LINK_SIGN_SECONDS)
-        # Guards the socket, which with TLS stands one call at a time, and how often we asked whether NATS has it all.
-        self._using = threading.Lock()
-        self._pings = 0
-        # Guards what follows; notified when that changes.
-        self._changed = threading.Condition()
-        self._pongs = 0
-        self._is_over = False
-        self._unconfirmed: collections.deque[tuple[int, int]] = collections.deque()  # messages: answer's number, lines
-        # Only the thread that takes uses what follows.
-        self._heard_at = time.monotonic()
-        self.sign_due = self._heard_at + LINK_SIGN_SECONDS
-        self._asked = 1
-        try:
-            self._log_in(address, certificates, greeting)
-        except BaseException:
-            self.close()
-            raise
-
-    def _log_in(self, address: SplitResult, certificates: str | None, greeting: bytes) -> None:
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        verb, _, info = self._line().partition(b" ")
-        if verb == b"-ERR":
-            raise self._complaint(info)
-        try:
-            told = json.loads(info if verb == b"INFO" else b"")
-            most, speaks_tls = int(told["max_payload"]), told.get("tls_required") or told.get("tls_available")
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise self._no_nats() from None
-        self.most_bytes = min(most, LINK_MESSAGE_BYTES)  # of one message
-        if told.get("tls_required") or address.scheme == "tls":
-            if not speaks_tls:
-                raise Unlinked(f"{self._name} does not speak TLS: set it up there, or give a URL with nats://.")
-            self._input.clear()  # what follows in the clear could be anybody's
-            self._sock = encrypted(self._sock, address.hostname, certificates)
-        user, password = (unquote(text or "") for text in (address.username, address.password))
-        secret = {"auth_token": user} if address.password is None else {"user": user, "pass": password}
-        login = {"verbose": False, "pedantic": False, "echo": False, "name": "mychatserver", **(secret if user else {})}
-        self.send(b"CONNECT %s\r\n%s" % (json.dumps(login).encode(), greeting))
-        while not self._pongs:
-            self.take()
-
-    # Runs in the thread that takes
-
-    def take(self) -> tuple[bytes, bytes] | None:
-        """Wait for what NATS says next; return the subject and the payload if it is a message."""
-        line = self._line()
-        if message := NATS_MESSAGE.fullmatch(line):
-            pieces_too_many, size = divmod(int(message[2]), LINK_MESSAGE_BYTES + 1)
-            for _ in range(pieces_too_many):
-                self._read(LINK_MESSAGE_BYTES + 1)
-            payload = self._read(size + 2)[:-2]
-            return None if pieces_too_many else (message[1], payload)
-        verb, _, rest = line.partition(b" ")
-        if verb == b"PING\r\n":
-            self.send(b"PONG\r\n")
-        elif verb == b"PONG\r\n":
-            with self._changed:
-                self._pongs += 1
-                while self._unconfirmed and self._unconfirmed[0][0] <= self._pongs:
-                    self._unconfirmed.popleft()
-                self._changed.notify_all()
-        elif verb == b"-ERR":
-            raise self._complaint(rest)
-        elif verb not in (b"INFO", b"+OK\r\n"):
-            raise self._no_nats()
-        return None
-
-    def close(self) -> int:
-        """Close the connection; return how many lines were sent that NATS may not have."""
-        self._shut()
-        with self._using:  # or the number of the descriptor could become that of another, with a send still going on
-            self._sock.close()
-        with self._changed:
-            self._is_over = True
-            self._changed.notify_all()
-            return sum(lines for _, lines in self._unconfirmed)
-
-    def _line(self) -> bytes:
-        while b"\r\n" not in self._input:
-            if len(self._input) > LINK_WORDS_BYTES:
-                raise self._no_nats()
-            self._input += self._received()
-        return self._read(self._input.index(b"\r\n") + 2)
-
-    def _read(self, size: int) -> bytes:
-        while len(self._input) < size:
-            self._input += self._received()
-        data = bytes(self._input[:size])
-        del self._input[:size]
-        return data
-
-    def _received(self) -> bytes:
-        while (wait := self.sign_due - time.monotonic()) <= 0 or not ready(self._sock, selectors.EVENT_READ, wait):
-            self._give_sign()
-        with self._using:
-            data = self._sock.recv(READ_BYTES)  # no less than TLS decrypts at once, or nobody would know of the rest
-        if not data:
-            raise Unlinked(f"{self._name} has closed the connection: its log may say why.")
-        self._heard_at = time.monotonic()
-        return data
-
-    def _give_sign(self) -> None:
-        """Send the sign of life that is due, unless NATS has not given any since the last."""
-        now = time.monotonic()
-        if self._pongs < self._asked and now - self._heard_at >= LINK_SIGN_SECONDS:
-            raise socket.timeout
-        self._asked = self.send(self._sign())
-        self.sign_due = now + LINK_SIGN_SECONDS
-
-    def _no_nats(self) -> Unlinked:
-        return Unlinked(f"What answers is not {self._name}: check the URL of --nats.")
-
-    def _complaint(self, text: bytes) -> Unlinked:
-        if b"Authorization" in text:
-            return Unlinked(f"{self._name} does not let us in: check user and password, or token, in the URL.")
-        words = clean(text[:200].strip(b"' \r\n")).decode()
-        return Unlinked(f"{self._name} says {words!r}: its log may say more.")
-
-    # Called from any thread
-
-    def send(self, words: bytes) -> int:
-        """Send, and ask NATS whether it has it; return the number of its answer. Blocks LINK_SIGN_SECONDS at most."""
-        with self._using:
-            try:
-                self._sock.sendall(words + b"PING\r\n")
-            except OSError:
-                self._shut()  # or half a message would have the next for its rest
-                raise
-            self._pings += 1
-            return self._pings
-
-    def publish(self, message: bytes, lines: int) -> bool:
-        """Send a message of so many lines; return whether they are on their way, or else lost. Does not raise."""
-        try:
-            number = self.send(message)
-        except OSError:  # the thread that takes will be told, too
-            return False
-        with self._changed:
-            if number > self._pongs:
-                if self._is_over:
-                    return False
-                self._unconfirmed.append((number, lines))
-        return True
-
-    def confirms(self, but: int) -> bool:
-        """Wait until NATS has all messages but so many; return whether that comes before the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_over or len(self._unconfirmed) <= but)
-            return not self._is_over
-
-    def _shut(self) -> None:
-        with contextlib.suppress(OSError):  # NATS was faster
-            # Not the method of one with TLS, which first forgets the TLS: who sends just then would do so in the clear.
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
-
-class Arrivals(Writer):
-    """Says in this room what was said on other servers, however slow the room is."""
-
-    MISSED = "from the other servers not shown"
-
-    def __init__(self, room: Room, link: Link) -> None:
-        self._room, self._link = room, link
-        super().__init__("arrivals")
-
-    def _write(self, text: bytes) -> int:
-        while text:
-            some = front(text, READ_BYTES)
-            self._room.relay(self._link, some)
-            text = text[len(some) :]
-        return 0
-
-
-class Link(Writer):
-    """A member of the room and a speaker in it: the servers that share it, over NATS.
-
-    Writes what is said here to NATS, which brings it to each other server once, and says here what they said. Each
-    server publishes below mychat.ROOM.NAME alone, with the random ID of its process and the number of its connection:
-        mychat.ROOM.NAME.ID.NUMBER.said   whole lines, each with @NAME behind its label; without any, a sign of life
-        mychat.ROOM.NAME.ID.NUMBER.ask    who is there? And is another called NAME?
-    A line is believed only below the NAME that it has; who may publish there is for NATS's permissions to say. What
+    A thread runs asyncio for the library; a writer on either side of it keeps the room and NATS from waiting for each
+    other. Each server publishes under mychat.ROOM.NAME alone, with the random ID of its process and the number of its
+    connection:
+        mychat.ROOM.NAME.ID.NUMBER.said   whole lines, each with @NAME after its label; without any, a sign of life
+    A line is believed only under the NAME that it has; who may publish there is for NATS's permissions to say. What
     comes late, by an earlier connection, is dropped, or it would be out of order.
     """
 
-    MISSED = "not sent to the other servers"
     label = ""  # what it says has labels
     leaving = False
 
     def __init__(self, room: Room, console: Writer, errors: Writer, options: argparse.Namespace) -> None:
-        """Connect to the first NATS that answers. Blocks for seconds; raise Unlinked."""
-        self.said = 0
-        self._room = room
-        self._console = console
-        self._errors = errors
-        self._options = options
-        self._arrivals = Arrivals(room, self)
-        # Only one thread uses what follows, the main thread until ``start``, then the reader; others look.
-        self._addresses: collections.deque[SplitResult] = collections.deque(options.nats)  # the one in use first
-        self._name: bytes = options.server_name.encode()
-        self._name_is_settled = False
-        self._id = secrets.token_hex(8).encode()
+        """Connect to the first NATS that answers. Blocks for seconds; raises Unlinked."""
+        self._library = library("nats", "--nats needs the library nats-py: python -m pip install nats-py")
+        if options.nats_creds:
+            library("nkeys", "--nats-creds needs the library nkeys: python -m pip install nkeys")
+        import asyncio
+        import logging
+
+        logging.disable()  # what goes wrong is said in a sentence
+        self._room, self._console, self._errors, self._options = room, console, errors, options
+        self._id = secrets.token_hex(8)
+        self._outgoing = Writer("link", self._write, NOT_SENT)
+        self._arrivals = Writer("arrivals", self._say_here, "from the other servers not shown")
+        self._speaks = threading.Event()  # there is a connection, and the other servers have had time for theirs
+        # The asyncio thread changes what follows; others look.
+        self._heard: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the last NUMBER, by NAME and ID
+        self._has_namesake = False
         self._connections = 0
-        self._heard: dict[bytes, tuple[float, bytes, int]] = {}  # when, and the last ID and NUMBER, by NAME
-        super().__init__("link")
-        # Guarded by the writer's condition.
-        self._nats: Nats | None = self._connected()
-        self._speaks_from = 0.0
+        self._nodes: dict[str, SplitResult] = {}  # of a cluster, as told by the NATS at this address, by host and port
+        self._problem = ""  # told last
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="asyncio", daemon=True).start()
+        self._nats = self._in_loop(self._connected())
 
     # Runs in the main thread
 
     def start(self) -> None:
-        """Settle our name, and join the room. Blocks LINK_ASK_SECONDS, in which another of that name has said so."""
-        threading.Thread(target=self._read, args=(self._nats,), name="link reader", daemon=True).start()
-        time.sleep(LINK_ASK_SECONDS)
-        self._name_is_settled = True
-        self._tell_name()
+        """Join the room. Waits for the turn."""
+        self._console.say(f"Linked to room {self._options.room} as {self._options.server_name}")
         self._room.add(self)
+        self._loop.call_soon_threadsafe(self._loop.create_task, self._stay_linked())
+
+    def close(self) -> None:
+        """Have NATS be given what was said so far, and nothing more. Does not block."""
+        self._outgoing.close()
+
+    def join(self, seconds: float) -> None:
+        """Wait until NATS has what was said, so many seconds at most."""
+        self._outgoing.join(seconds)
 
     # Called from any thread
+
+    def give(self, pieces: Sequence[memoryview]) -> int:
+        """Take what is said here, to be said on the other servers. Does not block."""
+        return self._outgoing.give(pieces)
 
     def elsewhere(self) -> str:
         """Return what a list of who is here ends with: the servers that were heard of in the last minute."""
         since = time.monotonic() - HEARD_SECONDS
-        names = [name.decode() for name, (when, _, _) in self._heard.copy().items() if when >= since]
+        names = list(dict.fromkeys(name for (name, _), (when, _) in self._heard.copy().items() if when >= since))
         if not names:
             return ""
         more = f" and {len(names) - WHO_SHOWN} more" if len(names) > WHO_SHOWN else ""
         return f", and people on {', '.join(names[:WHO_SHOWN])}{more}"
 
-    # Runs in the writer's thread
+    def _in_loop(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Have asyncio do something, wait for it, and return its result."""
+        import asyncio
 
-    def _run(self) -> None:
-        super()._run()
-        if nats := self._nats:
-            nats.confirms(0)  # or what it has yet to read could be lost with the end of this process
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def _write(self, text: bytes) -> int:
-        """Publish lines; say how many are missed, as NATS is too small for them or was lost before it had them."""
-        name, missed = self._name, 0
-        lines = abroad(text, name)
+    # Runs in the writers' threads
+
+    def _say_here(self, lines: bytes) -> None:
         while lines:
-            nats = self._when_linked()
-            some = front(lines, nats.most_bytes)
+            some = front(lines, READ_BYTES)
+            self._room.relay(self, some)
             lines = lines[len(some) :]
-            if len(some) > nats.most_bytes:
-                missed += some.count(b"\n")
-            elif not nats.publish(self._message(name, b"said", some), some.count(b"\n")):
-                missed += some.count(b"\n")
-                self._give_up(nats)  # or the rest would be lost, too, before the reader notices
-        if missed:
-            self._tell_missed(missed)
-        return 0
 
-    def _tell_missed(self, lines: int) -> bytes:
-        """Tell our own people, and the others nothing."""
-        self._arrivals.say(super()._tell_missed(lines).decode().rstrip())
-        return b""
+    def _write(self, lines: bytes) -> None:
+        """Publish lines, when there is a connection, and wait until NATS has them; tell our people what it has not."""
+        for count in MISSED.findall(lines):
+            self._tell_missed(int(count))
+        lines = qualified(MISSED.sub(b"", lines), self._options.server_name)
+        while lines:
+            self._speaks.wait()
+            nats = self._nats
+            most = min(nats.max_payload, LINK_MESSAGE_BYTES)
+            some = front(lines, most)
+            lines = lines[len(some) :]
+            if len(some) > most or not self._in_loop(self._publish(nats, some)):
+                self._tell_missed(some.count(b"\n"))
 
-    def _when_linked(self) -> Nats:
-        """Wait for a connection that takes more, and for the other servers' own: they may be a pause behind."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._nats)
-                nats, seconds = self._nats, self._speaks_from - time.monotonic()
-            if seconds > 0:
-                time.sleep(seconds)
-            elif nats:
-                if nats.confirms(LINK_UNCONFIRMED - 1):
-                    return nats
-                self._give_up(nats)
+    def _tell_missed(self, lines: int) -> None:
+        self._arrivals.say(f"* {lines} lines {NOT_SENT}")
 
-    def _give_up(self, nats: Nats) -> None:
-        """Use this connection no more, if it is not replaced already."""
-        with self._changed:
-            if self._nats is nats:
-                self._nats = None
+    # Runs in the asyncio thread
 
-    def _message(self, name: bytes, kind: bytes, payload: bytes = b"") -> bytes:
-        subject = b"mychat.%s.%s.%s.%d.%s" % (self._options.room.encode(), name, self._id, self._connections, kind)
-        return b"PUB %s %d\r\n%s\r\n" % (subject, len(payload), payload)
+    async def _stay_linked(self) -> None:
+        """Speak by one connection after the other. Does not end: the process does."""
+        import asyncio
 
-    # Runs in the reader's thread
-
-    def _read(self, nats: Nats) -> None:
-        """Hear the other servers; when the link is lost, find another. Does not end: the process does."""
         pause = 0.0
         while True:
-            since = time.monotonic()
-            try:
-                while True:
-                    if message := nats.take():
-                        self._hear(nats, *message)
-            except (Unlinked, OSError) as error:
-                problem = linking_problem(error, self._addresses[0])
-            self._give_up(nats)
-            missed = nats.close()
-            self._errors.say(problem)
-            self._arrivals.say("* link to the other servers lost")  # now: what is said behind it is kept
-            if missed:
-                self._tell_missed(missed)
-            if time.monotonic() - since > LINK_PAUSES[1]:
-                pause = 0.0
+            self._tell_problem(await self._speak(pause))
+            self._speaks.clear()
+            self._arrivals.say("* link to the other servers lost")  # now: what is said after that is kept
+            self._nodes = {node.netloc: self._address for node in self._nats.discovered_servers[:LINK_NODES]}
+            await dropped(self._nats)
+            pause = LINK_PAUSE_SECONDS
             while True:
-                pause = next_pause(pause)
-                time.sleep(pause)
+                await asyncio.sleep(pause)
                 try:
-                    nats = self._connected()
+                    self._nats = await self._connected()
                     break
                 except Unlinked as error:
-                    if str(error) != problem:
-                        problem = str(error)
-                        self._errors.say(problem)
+                    self._tell_problem(str(error))
+            self._problem = ""
             self._arrivals.say("* link restored")
-            with self._changed:
-                self._nats, self._speaks_from = nats, time.monotonic() + next_pause(pause)
-                self._changed.notify()
 
-    def _connected(self) -> Nats:
+    async def _speak(self, pause: float) -> str:
+        """Let people be heard after a pause, and give signs of life, until the connection is over; return why it is."""
+        import asyncio
+
+        nats = self._nats
+        reader = nats._reading_task  # ends whatever ends the connection
+        await asyncio.wait((reader,), timeout=pause)
+        try:
+            while not reader.done():
+                self._speaks.set()
+                await asyncio.wait_for(self._send(nats, b""), LINK_SIGN_SECONDS)
+                await asyncio.wait((reader,), timeout=LINK_SIGN_SECONDS)
+            error: Exception = EOFError()
+        except Exception as problem:  # NATS does not answer, or the connection is over just now
+            error = problem
+        return linking_problem(nats.last_error if nats.is_closed and nats.last_error else error, self._node)
+
+    async def _publish(self, nats: Any, lines: bytes) -> bool:
+        """Return whether NATS has confirmed lines before the connection was over."""
+        import asyncio
+
+        sending = asyncio.ensure_future(self._send(nats, lines))
+        await asyncio.wait((sending, nats._reading_task), return_when=asyncio.FIRST_COMPLETED)
+        if sending.done() and not sending.exception():
+            return True
+        sending.cancel()
+        if nats is self._nats:
+            self._speaks.clear()  # what follows is kept
+        return False
+
+    async def _send(self, nats: Any, lines: bytes) -> None:
+        name = f"mychat.{self._options.room}.{self._options.server_name}"
+        await nats.publish(f"{name}.{self._id}.{self._connections}.said", lines)
+        await nats.flush()
+
+    async def _connected(self) -> Any:
         """Return a connection to the first NATS that answers; raise Unlinked, with the last problem, when none does."""
-        problem = ""
-        for address in self._addresses.copy():
+        import asyncio
+
+        addresses = {with_port(address): address for address in self._options.nats}
+        addresses.update((node, told_by) for node, told_by in self._nodes.items() if node not in addresses)
+        for node, address in addresses.items():
             self._connections += 1
-            greeting = b"SUB mychat.%s.> 1\r\n" % self._options.room.encode() + self._message(self._name, b"ask")
             try:
-                return Nats(address, self._options.nats_ca, greeting, lambda: self._message(self._name, b"said"))
-            except (Unlinked, OSError, UnicodeError) as error:
-                self._addresses.rotate(-1)
-                problem = linking_problem(error, address)
+                seconds = max(1.0, LINK_CONNECT_SECONDS / len(addresses))
+                nats = await asyncio.wait_for(self._logged_in(node, address), seconds)
+            except Exception as error:  # of any kind: who answers may be no NATS
+                problem = linking_problem(error, node)
+            else:
+                self._node, self._address = node, address
+                return nats
         raise Unlinked(problem)
 
-    def _hear(self, nats: Nats, subject: bytes, payload: bytes) -> None:
-        found = SUBJECT.fullmatch(subject)
-        if not found or found[2] == self._id:  # a stranger's, or our own by an earlier connection
+    async def _logged_in(self, node: str, address: SplitResult) -> Any:
+        """Return a connection to ``node`` that hears the room. ``address`` tells what to say there, and whether in TLS.
+
+        The library starts TLS only if NATS asks for it. So it is given what is secret by functions, which it calls when
+        it puts its login together: they raise Unlinked when there should be TLS by then, and is none.
+        """
+        nats = self._library.NATS()
+        context = tls_to_nats(self._options.nats_ca)
+
+        def unlocked(secret: str | None) -> str:
+            if address.scheme == "tls" and not context.session_stats()["connect_good"]:
+                raise Unlinked(f"NATS at {node} does not speak TLS: set it up there, or give a URL with nats://.")
+            return unquote(secret or "")
+
+        async def on_error(error: Exception) -> None:
+            if not nats.is_connected:
+                raise error  # or the library would try again, for minutes
+            if "permissions" in str(error):
+                self._tell_problem(linking_problem(error, node))
+
+        async def on_message(*message: Any) -> None:
+            with contextlib.suppress(Exception):  # a subject that is not UTF-8, say, which would end the reading
+                await process(*message)
+
+        login: dict[str, Any] = {"token": lambda: unlocked(address.username)}
+        if address.password is not None:
+            login = {"user": lambda: unlocked(address.username), "password": lambda: unlocked(address.password)}
+        if self._options.nats_creds:
+            token, keys = credentials(self._options.nats_creds)
+            login["user_jwt_cb"] = token.encode
+            login["signature_cb"] = lambda nonce: base64.b64encode(keys.sign((unlocked("") + nonce).encode()))
+        process, nats._process_msg = nats._process_msg, on_message
+        host = urlsplit(f"//{node}").hostname or ""
+        try:
+            await nats.connect(
+                servers=[f"nats://{node}"],
+                name="mychatserver",
+                no_echo=True,
+                allow_reconnect=False,  # we do: the library would give up at any word of NATS that it does not know
+                error_cb=on_error,
+                connect_timeout=LINK_CONNECT_SECONDS,
+                tls=context,
+                # The nodes of a cluster tell of each other by numbers, which no certificate has.
+                tls_hostname=address.hostname if re.fullmatch(r"[\d.]+|.*:.*", host) else host,
+                **login,
+            )
+            await nats.subscribe(f"mychat.{self._options.room}.>", cb=self._hear)
+            await nats.flush()
+        except BaseException:
+            await dropped(nats)
+            raise
+        return nats
+
+    async def _hear(self, message: Any) -> None:
+        found = SUBJECT.fullmatch(message.subject)
+        if not found or found[2] == self._id or len(message.data) > LINK_MESSAGE_BYTES:
             return
-        name, its_id, number, kind = found[1], found[2], int(found[3]), found[4]
-        if kind == b"ask":  # those who ask at once are told at once
-            nats.sign_due = min(nats.sign_due, time.monotonic() + LINK_ASK_SECONDS / 4)
-        if name == self._name:
-            if kind == b"said" or not self._name_is_settled:
-                self._take_another_name(nats)
+        name, number = found[1], int(found[3])
+        if number < self._heard.get((name, found[2]), (0.0, 0))[1]:
             return
-        _, last_id, last_number = self._heard.get(name, (0.0, its_id, number))
-        if last_id == its_id and number < last_number:
-            return
-        if len(self._heard) >= SERVERS_REMEMBERED and name not in self._heard:
+        if len(self._heard) >= SERVERS_REMEMBERED:
             self._heard.clear()
-        self._heard[name] = time.monotonic(), its_id, number
-        if lines := admitted(payload, name) if kind == b"said" else b"":
+        self._heard[name, found[2]] = time.monotonic(), number
+        if name == self._options.server_name and not self._has_namesake:
+            self._has_namesake = True
+            self._console.say(f"Another server is called {name}, too: give one of them another --server-name.")
+        if lines := validated(message.data, name):
             self._arrivals.give([memoryview(lines)])
         time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
 
-    def _take_another_name(self, nats: Nats) -> None:
-        """Be told from another server of our name; once, as a name by chance has no other, whatever a stranger says."""
-        given: bytes = self._options.server_name.encode()
-        if self._name == given:
-            suffix = "".join(secrets.choice("abcdefghijkmnpqrstuvwxyz23456789") for _ in range(4))
-            self._name = b"%s-%s" % (given, suffix.encode())
-            nats.sign_due = time.monotonic()
-            if self._name_is_settled:
-                self._tell_name()
-
-    def _tell_name(self) -> None:
-        self._console.say(f"Linked to room {self._options.room} as {self._name.decode()}")
+    def _tell_problem(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            self._errors.say(problem)
 
 
-def next_pause(pause: float) -> float:
-    return min(max(LINK_PAUSES[0], 2 * pause), LINK_PAUSES[1])
-
-
-def encrypted(sock: socket.socket, host: str | None, certificates: str | None) -> socket.socket:
-    """Return the socket with TLS on it. Blocks as long as its timeout; raise OSError or Unlinked."""
+def library(name: str, sentence: str) -> Any:
+    """Import what is not in the standard library; raise Unlinked with a sentence when it is not there."""
     try:
-        import ssl
-
-        context = ssl.create_default_context(cafile=certificates)
+        return importlib.import_module(name)
     except ImportError:
-        raise Unlinked("This Python has no ssl module, so no TLS: use another Python, or a NATS without.") from None
+        raise Unlinked(sentence) from None
+
+
+async def dropped(nats: Any) -> None:
+    """Close a connection, also one that takes nothing any more; what it had to send may be lost."""
+    import asyncio
+
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(nats.close(), 1.0)
+    with contextlib.suppress(Exception):  # there was none
+        nats._transport.close()
+
+
+def tls_to_nats(certificates: str | None) -> ssl.SSLContext:
+    """Return a context for one connection; raise Unlinked when there are no certificates in a file."""
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=certificates)
     except OSError as error:
         raise Unlinked(f"Cannot use {certificates}: {error.strerror}; give --nats-ca certificates in PEM.") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if certificates is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
         context.verify_flags |= X509_V_FLAG_PARTIAL_CHAIN
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # ... and one that openssl has made, as on those before
-    return context.wrap_socket(sock, server_hostname=host)
+    return context
 
 
-def nats_name(address: SplitResult) -> str:
-    return f"NATS at {address.hostname} port {address.port or NATS_PORT}"
+def credentials(path: str) -> tuple[str, Any]:
+    """Return the JWT and the keys in a file of a user's credentials; raise Unlinked when there are none."""
+    try:
+        with open(path, errors="replace") as file:
+            ((token, seed),) = CREDENTIALS.findall(file.read())
+        return token, importlib.import_module("nkeys").from_seed(bytearray(seed.encode()))
+    except Exception as error:  # of any kind: the library tells of a wrong key by several
+        reason = getattr(error, "strerror", None) or "it has no JWT and key of a user"
+        raise Unlinked(f"Cannot use {path}: {reason}; give --nats-creds a user's credentials.") from None
 
 
-def linking_problem(error: Exception, address: SplitResult) -> str:
+def linking_problem(error: Exception, node: str) -> str:
     """Return one sentence that says why there is no link, and what to do."""
+    import asyncio
+
+    host, _, port = node.rpartition(":")
+    nats, words = (
+        f"NATS at {host.strip('[]')} port {port}",
+        clean(str(error)[:200].encode("utf-8", "replace")).decode().replace("\n", " "),
+    )
+    reason = getattr(error, "strerror", None) or words
     if isinstance(error, Unlinked):
-        return str(error)
+        return words
     if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {address.hostname!r}: check the URL of --nats."
-    if isinstance(error, ConnectionRefusedError):
-        return f"No {nats_name(address)}: start nats-server there, or give --nats another URL."
-    if isinstance(error, socket.timeout):
-        return f"No answer from {nats_name(address)}: is it stopped, or a firewall between? Check the URL of --nats."
+        return f"Unknown host {host!r}: check the URL of --nats."
+    if isinstance(error, (socket.timeout, asyncio.TimeoutError)):
+        return f"No answer from {nats}: is it stopped, or a firewall between? Check the URL of --nats."
+    if "Connect call failed" in words:  # asyncio's, for one or several addresses of a host
+        return f"No {nats}: start nats-server there, or give --nats another URL."
     if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError
-        reason = f"has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one"
-        return f"{nats_name(address)} {reason}."
-    return f"Cannot reach {nats_name(address)}: {getattr(error, 'strerror', '') or error}; check the URL of --nats."
+        return f"{nats} has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one."
+    if isinstance(error, OSError):
+        return f"Cannot reach {nats}: {reason}; check the URL of --nats."
+    if "authorization" in words.lower():
+        return f"{nats} does not let us in: check user and password, token or --nats-creds."
+    if "EOF" in words or isinstance(error, EOFError):
+        return f"{nats} has closed the connection: its log may say why."
+    if type(error).__module__ == "nats.errors" and "INFO" not in words.upper():
+        return f"{nats} says {words!r}: its log may say more."
+    return f"What answers is not {nats}: check the URL of --nats."
+
+
+def with_port(address: SplitResult) -> str:
+    """Return host and port of a URL."""
+    return address.netloc.rpartition("@")[2].rstrip(":") + ("" if address.port else f":{NATS_PORT}")
 
 
 def nats_addresses(text: str) -> list[SplitResult]:
     """Return the addresses in a list of URLs; raise what argparse turns into a usage error, without what is secret."""
     try:
         addresses = [urlsplit(url) for url in text.split(",")]
-        are_good = all(
+        if all(
             address.scheme in ("nats", "tls")
             and address.hostname
             and address.port != 0
             and address.path + address.query + address.fragment in ("", "/")
             for address in addresses
-        )
+        ):
+            return addresses
     except ValueError:  # no number for a port, half an IPv6 address
-        are_good = False
-    if not are_good:
-        raise argparse.ArgumentTypeError(
-            "not a URL like nats://HOST:PORT or tls://HOST:PORT, with USER:PASSWORD@ or TOKEN@ before HOST if need be"
-        )
-    return addresses
+        pass
+    raise argparse.ArgumentTypeError(
+        "not a URL like nats://HOST:PORT or tls://HOST:PORT, with USER:PASSWORD@ or TOKEN@ before HOST if need be"
+    )
 
 
 def word(text: str) -> str:
@@ -2582,15 +2470,17 @@ class DiscreetParser(argparse.ArgumentParser):
         super().error(re.sub(r"://\S*@", "://...@", message))
 
 
-def add_link_options(option: Callable[..., object]) -> None:
+def add_link_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the link to those of the command line."""
-    option("--nats", type=nats_addresses, metavar="URL[,URL...]", help="share a room (default: MYCHAT_NATS, or do not)")
-    option("--room", type=word, metavar="NAME", help="the room to share (default: main)")
-    option("--server-name", type=word, metavar="NAME", help="what other servers call this one (default: the host's)")
-    option("--nats-ca", metavar="PEM", help="who may certify NATS (default: whom the system trusts)")
+    add = parser.add_argument
+    add("--nats", type=nats_addresses, metavar="URL[,URL...]", help="share a room (default: MYCHAT_NATS, or do not)")
+    add("--room", type=word, metavar="NAME", help="the room to share (default: main)")
+    add("--server-name", type=word, metavar="NAME", help="what other servers call this one (default: the host's)")
+    add("--nats-ca", metavar="PEM", help="who may certify NATS (default: whom the system trusts)")
+    add("--nats-creds", metavar="FILE", help="who we are: a NATS user's JWT and key (default: as the URL says)")
 
 
-def see_to_link_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def resolve_link_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Fill in what was not given; end with a usage line when that is not possible."""
     in_environment = os.environ.get("MYCHAT_NATS")
     if options.nats is None and in_environment:
@@ -2600,10 +2490,8 @@ def see_to_link_options(parser: argparse.ArgumentParser, options: argparse.Names
             parser.error(f"MYCHAT_NATS: {error}")
     elif options.nats and any(address.username for address in options.nats):
         warn("What is secret in --nats can be seen by all on this machine: give the URL in MYCHAT_NATS instead.")
-    if not options.nats:
-        if options.room or options.server_name or options.nats_ca:
-            parser.error("--room, --server-name and --nats-ca say more of --nats, which is missing")
-        return
+    if not options.nats and (options.room or options.server_name or options.nats_ca or options.nats_creds):
+        parser.error("--room, --server-name, --nats-ca and --nats-creds say more of --nats, which is missing")
     own_name = re.sub("[^0-9A-Za-z_-]", "-", socket.gethostname().partition(".")[0])[:SERVER_NAME_CHARACTERS]
     options.server_name = options.server_name or own_name or "server"
     options.room = options.room or "main"
@@ -2801,12 +2689,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
     option("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
     option("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
-    add_link_options(option)
+    add_link_options(parser)
     option("--version", action="version", version=f"mychatserver {__version__}")
     options = parser.parse_args(argv)
     if options.tls_key is not None and options.tls_cert is None:
         parser.error("--tls-key is the key of a certificate: give --tls-cert too")
-    see_to_link_options(parser, options)
+    resolve_link_options(parser, options)
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
         options.host = options.host[1:-1]
     return options
@@ -2831,12 +2719,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, UnicodeError) as error:
             warn(listening_problem(error, options.host, options.port))
             return 1
-        console, errors = Stream(1), Stream(2)
-        writers: list[Writer] = [console, errors]
+        console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
+        writers: list[Writer | Link] = [console, errors]
         log = None
         if options.log is not None:
             try:
-                log = Log(options.log, errors)
+                log = Writer("log", write_to_log(options.log, errors), "not written")
             except OSError as error:
                 warn(f"Cannot write to {options.log}: {error.strerror}; give --log another file.")
                 return 1

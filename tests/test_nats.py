@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import mychatserver
-from mychatserver import LINK_MESSAGE_BYTES, MAX_LINE_BYTES, abroad, admitted
+from mychatserver import LINK_MESSAGE_BYTES, MAX_LINE_BYTES, qualified, validated
 from tests.support import (
     LOOPBACK,
     ROOT,
