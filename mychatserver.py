@@ -62,7 +62,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, Union
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -2066,6 +2066,7 @@ class TlsClient(Client):
 NATS_PORT = 4222
 SERVER_NAME_CHARACTERS = 32  # with a person's name no longer than clients take for a label
 LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
+LINK_START_SECONDS = 4.5  # at most, to find a NATS at the start
 LINK_CONNECT_SECONDS = 4.0  # to try all URLs, but a second each at least
 LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to confirm one
 LINK_PAUSE_SECONDS = 1.0  # before trying to connect again
@@ -2102,12 +2103,12 @@ def validated(message: bytes, server: str) -> bytes:
     )
 
 
-class Link:
+class Link(Writer):
     """A member of the room and a speaker in it: the servers that share it, over NATS, by the library nats-py.
 
-    A thread runs asyncio for the library; a writer on either side of it keeps the room and NATS from waiting for each
-    other. Each server publishes under mychat.ROOM.NAME alone, with the random ID of its process and the number of its
-    connection:
+    A thread runs asyncio for the library. Two writers, this one and the arrivals, keep the room and NATS from waiting
+    for each other. Each server publishes under mychat.ROOM.NAME alone, with the random ID of its process and the number
+    of its connection:
         mychat.ROOM.NAME.ID.NUMBER.said   whole lines, each with @NAME after its label; without any, a sign of life
     A line is believed only under the NAME that it has; who may publish there is for NATS's permissions to say. What
     comes late, by an earlier connection, is dropped, or it would be out of order.
@@ -2117,28 +2118,36 @@ class Link:
     leaving = False
 
     def __init__(self, room: Room, console: Writer, errors: Writer, options: argparse.Namespace) -> None:
-        """Connect to the first NATS that answers. Blocks for seconds; raises Unlinked."""
+        """Connect to the first NATS that answers. Blocks for LINK_START_SECONDS at most; raises Unlinked."""
         self._library = library("nats", "--nats needs the library nats-py: python -m pip install nats-py")
         if options.nats_creds:
             library("nkeys", "--nats-creds needs the library nkeys: python -m pip install nkeys")
         import asyncio
+        import concurrent.futures
         import logging
+
+        async def look_up(*arguments: Any, **options: Any) -> Any:
+            return socket.getaddrinfo(*arguments, **options)
 
         logging.disable()  # what goes wrong is said in a sentence
         self._room, self._console, self._errors, self._options = room, console, errors, options
         self._id = secrets.token_hex(8)
-        self._outgoing = Writer("link", self._write, NOT_SENT)
         self._arrivals = Writer("arrivals", self._say_here, "from the other servers not shown")
         self._speaks = threading.Event()  # there is a connection, and the other servers have had time for theirs
         # The asyncio thread changes what follows; others look.
+        self._connections = 0
+        self._nodes: dict[str, SplitResult] = {}  # of a cluster, by host and port, each with the URL that led to it
+        self._problem = ""  # told last
         self._heard: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the last NUMBER, by NAME and ID
         self._has_namesake = False
-        self._connections = 0
-        self._nodes: dict[str, SplitResult] = {}  # of a cluster, as told by the NATS at this address, by host and port
-        self._problem = ""  # told last
         self._loop = asyncio.new_event_loop()
+        self._loop.getaddrinfo = look_up  # type: ignore[method-assign] # a thread of asyncio's would hold up our end
         threading.Thread(target=self._loop.run_forever, name="asyncio", daemon=True).start()
-        self._nats = self._in_loop(self._connected())
+        try:
+            self._nats = asyncio.run_coroutine_threadsafe(self._connected(), self._loop).result(LINK_START_SECONDS)
+        except concurrent.futures.TimeoutError as error:  # perhaps a name is still looked up
+            raise Unlinked(linking_problem(error, with_port(options.nats[0]))) from None
+        super().__init__("link", self._publish, NOT_SENT)
 
     # Runs in the main thread
 
@@ -2148,19 +2157,7 @@ class Link:
         self._room.add(self)
         self._loop.call_soon_threadsafe(self._loop.create_task, self._stay_linked())
 
-    def close(self) -> None:
-        """Have NATS be given what was said so far, and nothing more. Does not block."""
-        self._outgoing.close()
-
-    def join(self, seconds: float) -> None:
-        """Wait until NATS has what was said, so many seconds at most."""
-        self._outgoing.join(seconds)
-
     # Called from any thread
-
-    def give(self, pieces: Sequence[memoryview]) -> int:
-        """Take what is said here, to be said on the other servers. Does not block."""
-        return self._outgoing.give(pieces)
 
     def elsewhere(self) -> str:
         """Return what a list of who is here ends with: the servers that were heard of in the last minute."""
@@ -2171,13 +2168,7 @@ class Link:
         more = f" and {len(names) - WHO_SHOWN} more" if len(names) > WHO_SHOWN else ""
         return f", and people on {', '.join(names[:WHO_SHOWN])}{more}"
 
-    def _in_loop(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Have asyncio do something, wait for it, and return its result."""
-        import asyncio
-
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    # Runs in the writers' threads
+    # Runs in the threads of the two writers
 
     def _say_here(self, lines: bytes) -> None:
         while lines:
@@ -2185,19 +2176,29 @@ class Link:
             self._room.relay(self, some)
             lines = lines[len(some) :]
 
-    def _write(self, lines: bytes) -> None:
-        """Publish lines, when there is a connection, and wait until NATS has them; tell our people what it has not."""
+    def _publish(self, lines: bytes) -> None:
+        """Wait for a connection, publish lines, wait until NATS has them; tell our people how many it may not have."""
         for count in MISSED.findall(lines):
             self._tell_missed(int(count))
         lines = qualified(MISSED.sub(b"", lines), self._options.server_name)
         while lines:
             self._speaks.wait()
-            nats = self._nats
-            most = min(nats.max_payload, LINK_MESSAGE_BYTES)
+            most = min(self._nats.max_payload, LINK_MESSAGE_BYTES)
             some = front(lines, most)
             lines = lines[len(some) :]
-            if len(some) > most or not self._in_loop(self._publish(nats, some)):
+            if len(some) > most or not self._is_sent(some):
                 self._tell_missed(some.count(b"\n"))
+
+    def _is_sent(self, lines: bytes) -> bool:
+        """Return whether NATS has confirmed lines before the connection was over."""
+        import asyncio
+
+        try:
+            asyncio.run_coroutine_threadsafe(self._send(lines), self._loop).result()
+        except Exception:  # cancelled, or of any kind that the library has
+            self._speaks.clear()  # what follows is kept
+            return False
+        return True
 
     def _tell_missed(self, lines: int) -> None:
         self._arrivals.say(f"* {lines} lines {NOT_SENT}")
@@ -2214,16 +2215,16 @@ class Link:
             self._speaks.clear()
             self._arrivals.say("* link to the other servers lost")  # now: what is said after that is kept
             self._nodes = {node.netloc: self._address for node in self._nats.discovered_servers[:LINK_NODES]}
-            await dropped(self._nats)
+            self._drop(self._nats)
             pause = LINK_PAUSE_SECONDS
-            while True:
+            nats = None
+            while not nats:
                 await asyncio.sleep(pause)
                 try:
-                    self._nats = await self._connected()
-                    break
+                    nats = await self._connected()
                 except Unlinked as error:
                     self._tell_problem(str(error))
-            self._problem = ""
+            self._nats, self._problem = nats, ""
             self._arrivals.say("* link restored")
 
     async def _speak(self, pause: float) -> str:
@@ -2231,61 +2232,56 @@ class Link:
         import asyncio
 
         nats = self._nats
-        reader = nats._reading_task  # ends whatever ends the connection
-        await asyncio.wait((reader,), timeout=pause)
-        try:
-            while not reader.done():
-                self._speaks.set()
-                await asyncio.wait_for(self._send(nats, b""), LINK_SIGN_SECONDS)
-                await asyncio.wait((reader,), timeout=LINK_SIGN_SECONDS)
-            error: Exception = EOFError()
-        except Exception as problem:  # NATS does not answer, or the connection is over just now
-            error = problem
-        return linking_problem(nats.last_error if nats.is_closed and nats.last_error else error, self._node)
+        await asyncio.wait((nats._reading_task,), timeout=pause)
+        while not nats._reading_task.done():  # it ends whatever ends the connection
+            self._speaks.set()
+            messages = nats.stats["in_msgs"]
+            sign = asyncio.ensure_future(self._send(b""))
+            await asyncio.wait((nats._reading_task,), timeout=LINK_SIGN_SECONDS)
+            if not sign.done() and nats.stats["in_msgs"] == messages:
+                return linking_problem(TimeoutError(), self._node)
+        return linking_problem(nats.last_error or EOFError(), self._node)
 
-    async def _publish(self, nats: Any, lines: bytes) -> bool:
-        """Return whether NATS has confirmed lines before the connection was over."""
+    async def _send(self, lines: bytes) -> None:
+        """Publish lines; return when NATS has confirmed that. Is cancelled when the connection is over."""
+        subject = f"mychat.{self._options.room}.{self._options.server_name}.{self._id}.{self._connections}.said"
+        await self._nats.publish(subject, lines)
+        await self._nats.flush(3600)  # longer than any connection that does not answer: the library bears no late one
+
+    def _drop(self, nats: Any) -> None:
+        """Give up a connection, and all that waits for it: its own way to close may wait for a NATS that is stopped."""
         import asyncio
 
-        sending = asyncio.ensure_future(self._send(nats, lines))
-        await asyncio.wait((sending, nats._reading_task), return_when=asyncio.FIRST_COMPLETED)
-        if sending.done() and not sending.exception():
-            return True
-        sending.cancel()
-        if nats is self._nats:
-            self._speaks.clear()  # what follows is kept
-        return False
-
-    async def _send(self, nats: Any, lines: bytes) -> None:
-        name = f"mychat.{self._options.room}.{self._options.server_name}"
-        await nats.publish(f"{name}.{self._id}.{self._connections}.said", lines)
-        await nats.flush()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        with contextlib.suppress(Exception):  # there is none yet
+            nats._transport.close()
 
     async def _connected(self) -> Any:
         """Return a connection to the first NATS that answers; raise Unlinked, with the last problem, when none does."""
         import asyncio
 
-        addresses = {with_port(address): address for address in self._options.nats}
-        addresses.update((node, told_by) for node, told_by in self._nodes.items() if node not in addresses)
-        for node, address in addresses.items():
+        given = {with_port(address): address for address in self._options.nats}
+        nodes = {**given, **self._nodes, **given}  # first those that were given, and each as it was given
+        for node, address in nodes.items():
             self._connections += 1
+            nats = self._library.NATS()
             try:
-                seconds = max(1.0, LINK_CONNECT_SECONDS / len(addresses))
-                nats = await asyncio.wait_for(self._logged_in(node, address), seconds)
+                await asyncio.wait_for(self._log_in(nats, node, address), max(1.0, LINK_CONNECT_SECONDS / len(nodes)))
             except Exception as error:  # of any kind: who answers may be no NATS
                 problem = linking_problem(error, node)
+                self._drop(nats)
             else:
                 self._node, self._address = node, address
                 return nats
         raise Unlinked(problem)
 
-    async def _logged_in(self, node: str, address: SplitResult) -> Any:
-        """Return a connection to ``node`` that hears the room. ``address`` tells what to say there, and whether in TLS.
+    async def _log_in(self, nats: Any, node: str, address: SplitResult) -> None:
+        """Connect to a node, as its URL says, and hear the room. Raises whatever the library does.
 
-        The library starts TLS only if NATS asks for it. So it is given what is secret by functions, which it calls when
-        it puts its login together: they raise Unlinked when there should be TLS by then, and is none.
+        The library starts TLS only if NATS asks for it. So it gets what is secret from functions that it calls when it
+        puts its login together: they raise Unlinked when there should be TLS by then, and is none.
         """
-        nats = self._library.NATS()
         context = tls_to_nats(self._options.nats_ca)
 
         def unlocked(secret: str | None) -> str:
@@ -2300,39 +2296,35 @@ class Link:
                 self._tell_problem(linking_problem(error, node))
 
         async def on_message(*message: Any) -> None:
-            with contextlib.suppress(Exception):  # a subject that is not UTF-8, say, which would end the reading
+            with contextlib.suppress(Exception):  # a subject that is not UTF-8, say, would end the reading
                 await process(*message)
 
+        process, nats._process_msg = nats._process_msg, on_message
         login: dict[str, Any] = {"token": lambda: unlocked(address.username)}
         if address.password is not None:
             login = {"user": lambda: unlocked(address.username), "password": lambda: unlocked(address.password)}
         if self._options.nats_creds:
-            token, keys = credentials(self._options.nats_creds)
-            login["user_jwt_cb"] = token.encode
+            jwt, keys = credentials(self._options.nats_creds)
+            login["user_jwt_cb"] = jwt.encode
             login["signature_cb"] = lambda nonce: base64.b64encode(keys.sign((unlocked("") + nonce).encode()))
-        process, nats._process_msg = nats._process_msg, on_message
         host = urlsplit(f"//{node}").hostname or ""
-        try:
-            await nats.connect(
-                servers=[f"nats://{node}"],
-                name="mychatserver",
-                no_echo=True,
-                allow_reconnect=False,  # we do: the library would give up at any word of NATS that it does not know
-                error_cb=on_error,
-                connect_timeout=LINK_CONNECT_SECONDS,
-                tls=context,
-                # The nodes of a cluster tell of each other by numbers, which no certificate has.
-                tls_hostname=address.hostname if re.fullmatch(r"[\d.]+|.*:.*", host) else host,
-                **login,
-            )
-            await nats.subscribe(f"mychat.{self._options.room}.>", cb=self._hear)
-            await nats.flush()
-        except BaseException:
-            await dropped(nats)
-            raise
-        return nats
+        await nats.connect(
+            servers=[f"nats://{node}"],
+            name="mychatserver",
+            no_echo=True,
+            allow_reconnect=False,  # we do: the library gives up for good at many a word of NATS
+            error_cb=on_error,
+            connect_timeout=LINK_CONNECT_SECONDS,
+            tls=context,
+            # The nodes of a cluster tell of each other by numbers, which no certificate has.
+            tls_hostname=address.hostname if re.fullmatch(r"[\d.]+|.*:.*", host) else host,
+            **login,
+        )
+        await nats.subscribe(f"mychat.{self._options.room}.>", cb=self._hear)
+        await nats.flush()
 
     async def _hear(self, message: Any) -> None:
+        """Have our people told what a message says, unless it is a stranger's or late."""
         found = SUBJECT.fullmatch(message.subject)
         if not found or found[2] == self._id or len(message.data) > LINK_MESSAGE_BYTES:
             return
@@ -2363,16 +2355,6 @@ def library(name: str, sentence: str) -> Any:
         raise Unlinked(sentence) from None
 
 
-async def dropped(nats: Any) -> None:
-    """Close a connection, also one that takes nothing any more; what it had to send may be lost."""
-    import asyncio
-
-    with contextlib.suppress(Exception):
-        await asyncio.wait_for(nats.close(), 1.0)
-    with contextlib.suppress(Exception):  # there was none
-        nats._transport.close()
-
-
 def tls_to_nats(certificates: str | None) -> ssl.SSLContext:
     """Return a context for one connection; raise Unlinked when there are no certificates in a file."""
     import ssl
@@ -2401,32 +2383,27 @@ def credentials(path: str) -> tuple[str, Any]:
 
 def linking_problem(error: Exception, node: str) -> str:
     """Return one sentence that says why there is no link, and what to do."""
-    import asyncio
-
     host, _, port = node.rpartition(":")
-    nats, words = (
-        f"NATS at {host.strip('[]')} port {port}",
-        clean(str(error)[:200].encode("utf-8", "replace")).decode().replace("\n", " "),
-    )
-    reason = getattr(error, "strerror", None) or words
+    nats = f"NATS at {host.strip('[]')} port {port}"
+    words = clean(str(error)[:200].encode("utf-8", "replace")).decode().replace("\n", " ")
     if isinstance(error, Unlinked):
         return words
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"Unknown host {host!r}: check the URL of --nats."
-    if isinstance(error, (socket.timeout, asyncio.TimeoutError)):
+    if type(error).__name__ == "TimeoutError":  # Python's own, or asyncio's, which is another one before 3.11
         return f"No answer from {nats}: is it stopped, or a firewall between? Check the URL of --nats."
-    if "Connect call failed" in words:  # asyncio's, for one or several addresses of a host
+    if "Connect call failed" in words:  # asyncio's, at one or several addresses of a host
         return f"No {nats}: start nats-server there, or give --nats another URL."
     if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError
         return f"{nats} has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one."
     if isinstance(error, OSError):
-        return f"Cannot reach {nats}: {reason}; check the URL of --nats."
+        return f"Cannot reach {nats}: {error.strerror or words}; check the URL of --nats."
     if "authorization" in words.lower():
         return f"{nats} does not let us in: check user and password, token or --nats-creds."
     if "EOF" in words or isinstance(error, EOFError):
         return f"{nats} has closed the connection: its log may say why."
-    if type(error).__module__ == "nats.errors" and "INFO" not in words.upper():
-        return f"{nats} says {words!r}: its log may say more."
+    if words.startswith("nats: ") and "INFO" not in words.upper():
+        return f"{nats} says {words[6:]!r}: its log may say more."
     return f"What answers is not {nats}: check the URL of --nats."
 
 
@@ -2720,7 +2697,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warn(listening_problem(error, options.host, options.port))
             return 1
         console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
-        writers: list[Writer | Link] = [console, errors]
+        writers: list[Writer] = [console, errors]
         log = None
         if options.log is not None:
             try:
