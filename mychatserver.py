@@ -2153,8 +2153,8 @@ class Link(Writer):
 
     def start(self) -> None:
         """Join the room. Waits for the turn."""
-        self._console.say(f"Linked to room {self._options.room} as {self._options.server_name}")
         self._room.add(self)
+        self._console.say(f"Linked to room {self._options.room} as {self._options.server_name}")
         self._loop.call_soon_threadsafe(self._loop.create_task, self._stay_linked())
 
     # Called from any thread
