@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import socket
-import threading
 import unicodedata
 import unittest
 from collections.abc import Iterable
@@ -21,7 +19,7 @@ except ImportError:
 
 import mychatclient
 import mychatserver
-from mychatserver import Framer, abroad, admitted, clean, folded, labelled, name_problem, spoken
+from mychatserver import Framer, clean, folded, labelled, name_problem, qualified, spoken, validated
 from tests.support import LOOPBACK, Connection, Peer, Quiet, Server
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
@@ -189,34 +187,6 @@ class Discovery(unittest.TestCase):
 
 class OtherServers(unittest.TestCase):
     @given(
-        st.lists(st.binary(max_size=9) | STREAMS | st.sampled_from(["PING", "PONG", "+OK", "INFO {}"])),
-        st.lists(st.integers(0, 1_000)),
-    )
-    def test_however_the_bytes_are_cut_nats_says_the_same(self, said: list[bytes | str], cuts: list[int]) -> None:
-        frames = [
-            b"MSG a.%d 1 %d\r\n%s\r\n" % (number, len(words), words)
-            if isinstance(words, bytes)
-            else f"{words}\r\n".encode()
-            for number, words in enumerate(said)
-        ]
-        nats = mychatserver.Nats.__new__(mychatserver.Nats)  # without a connection
-        nats._input, nats._pongs, nats._changed = bytearray(), 0, threading.Condition()
-        nats._unconfirmed = collections.deque((number, 1) for number in range(1, 10))
-        with (
-            mock.patch.object(nats, "_received", side_effect=cut(b"".join(frames), cuts)),
-            mock.patch.object(nats, "send") as answers,
-        ):
-            taken = [nats.take() for _ in frames]
-        messages = [
-            (b"a.%d" % number, words) if isinstance(words, bytes) else None for number, words in enumerate(said)
-        ]
-        self.assertEqual(taken, messages)
-        self.assertEqual(
-            (nats._pongs, answers.mock_calls), (said.count("PONG"), [mock.call(b"PONG\r\n")] * said.count("PING"))
-        )
-        self.assertEqual(len(nats._unconfirmed), max(0, 9 - said.count("PONG")))
-
-    @given(
         st.lists(
             st.tuples(
                 st.sampled_from([b"a@p:", b"b@q:", b"a@a@p:", b"a b@p:", b"* a@p ", b"* a@q ", b"*", b""]),
@@ -227,7 +197,7 @@ class OtherServers(unittest.TestCase):
     )
     def test_whatever_comes_what_is_shown_is_whole_clean_and_of_its_server(self, words: list[bytes]) -> None:
         message = b"\n".join(words)
-        shown = admitted(message, b"p")
+        shown = validated(message, "p")
         self.assertEqual(clean(shown), shown)
         lines = clean(message).split(b"\n")[:-1]
         for line in shown.split(b"\n")[:-1]:
@@ -236,12 +206,12 @@ class OtherServers(unittest.TestCase):
         self.assertTrue(shown == b"" or shown.endswith(b"\n"))
 
     @given(st.lists(st.sampled_from([b"54358", b"ann", "é-2".encode()])), STREAMS)
-    def test_what_is_sent_to_another_server_is_admitted_there_unchanged(self, labels: list[bytes], text: bytes) -> None:
+    def test_what_is_sent_to_another_server_is_valid_there_unchanged(self, labels: list[bytes], text: bytes) -> None:
         words = clean(text.replace(b"\n", b" "))
         forms = b"%s:%s\n* %s is now %s\n* %s left\n", b"%s@p:%s\n* %s@p is now %s@p\n* %s@p left\n"
         here, there = (b"".join(form % (label, words, label, label, label) for label in labels) for form in forms)
-        self.assertEqual(abroad(here, b"p"), there)
-        self.assertEqual(admitted(there, b"p"), there)
+        self.assertEqual(qualified(here, "p"), there)
+        self.assertEqual(validated(there, "p"), there)
 
 
 PEOPLE = st.integers(0, 9)
