@@ -383,6 +383,8 @@ class Member(Protocol):
 class Speaker(Member, Protocol):
     """What the room knows of those who say something: people, and the link to other servers."""
 
+    said: int  # bytes, all told
+
     @property
     def label(self) -> str:
         """What stands before each of its lines."""
@@ -909,6 +911,7 @@ class Room:
             block, rest = self._wait(client, lambda: self._portion(client, lines))
             if not block:
                 return rest, False
+            client.said += len(block)
             return rest, self._append(client, block)
 
     def rename(self, client: Client, name: str) -> None:
@@ -1519,9 +1522,9 @@ class Server:
                 for lines, command in paced(spoken(block)):
                     if client.leaving:
                         break
-                    client.said += len(lines) + len(command)
                     self._room.relay(client, lines)
                     if command:
+                        client.said += len(command)
                         obey(self._room, client, command)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
@@ -2116,6 +2119,7 @@ class Link(Writer):
 
     label = ""  # what it says has labels
     leaving = False
+    said = 0  # bytes, as of every speaker
 
     def __init__(self, room: Room, console: Writer, errors: Writer, options: argparse.Namespace) -> None:
         """Connect to the first NATS that answers. Blocks for LINK_START_SECONDS at most; raises Unlinked."""
