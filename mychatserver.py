@@ -19,6 +19,7 @@ The threads, and who owns what
     server thread   accepts, starts the handlers, flushes outboxes, keeps the clock; owns the selector.
     handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
     writers         one each for standard output, standard error and the log, however slow those are.
+    With ``--nats`` three more threads join this room with those of other servers: see Other servers.
 
 The way of a line
     Server._handle reads a block: Client.blocks, Client.recv, Framer.feed. parse finds its lines, Room.relay enqueues
@@ -44,16 +45,19 @@ if sys.version_info < (needed := (3, 9)):  # Python 3.7 and older end here: this
     sys.exit("This needs Python 3.9 or newer: try python3, or py on Windows.")
 
 import argparse
+import base64
 import collections
 import contextlib
 import datetime
 import enum
 import errno
 import functools
+import importlib
 import ipaddress
 import itertools
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
@@ -61,7 +65,8 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, Union
+from urllib.parse import SplitResult, unquote, urlsplit
 
 if TYPE_CHECKING:
     import ssl  # at run time only where somebody asks for TLS: some Pythons have none
@@ -566,13 +571,16 @@ class Client:
 
 
 class Writer:
-    """A member that only listens, with a queue and a thread of its own: the console, the log, and what goes wrong.
+    """A member that only listens: a queue, and a thread that writes what is in it, however slow that is.
 
-    It makes nobody wait: what is over WRITER_BYTES in the queue is counted and said, not written.
+    It makes nobody wait: what is over WRITER_BYTES in the queue is counted, and the count written in its place.
     """
 
     def __init__(self, name: str, write: Callable[[bytes], None], missed: str = "not shown") -> None:
-        """Write by ``write``, which takes whole lines, may block, and may raise OSError: they count as missed."""
+        """Start the thread. ``write`` takes whole lines, may block, and raises OSError when they could not be written.
+
+        Lines that were over the bound, or that it could not write, are told of as ``* 12 lines not shown``.
+        """
         self._write = write
         self._missed = missed
         # Guards what follows; notified when there is something to do.
@@ -587,7 +595,7 @@ class Writer:
     # Called from any thread
 
     def give(self, pieces: Sequence[memoryview], limit: int = WRITER_BYTES) -> int:
-        """Queue pieces; when more than ``limit`` waits, count their lines as missed. Does not block; returns 0."""
+        """Queue whole lines, or count them when the queue is full; return 0, as nobody has to wait for a writer."""
         with self._changed:
             if self._bytes > limit:
                 self._lines_missed += sum(bytes(piece).count(b"\n") for piece in pieces)
@@ -619,15 +627,15 @@ class Writer:
                 self._changed.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
                     return
-                text = b"".join(self._queue)
-                if self._lines_missed:  # all of them, chat at least, came after what is in the queue, which was full
-                    text += f"* {self._lines_missed} lines {self._missed}\n".encode()
+                text, missed = b"".join(self._queue), self._lines_missed
                 self._queue, self._bytes, self._lines_missed = [], 0, 0
+            # What was missed came after the queue, which was full.
+            notice = f"* {missed} lines {self._missed}\n".encode() if missed else b""
             try:
-                self._write(text)
-            except OSError:  # closed, or the disk is full: the chat goes on, and so does this if that changes
+                self._write(text + notice)
+            except OSError:  # closed, or the disk is full: that may change
                 with self._changed:
-                    self._lines_missed += text.count(b"\n")
+                    self._lines_missed += missed + text.count(b"\n")
 
 
 # --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
@@ -652,6 +660,10 @@ MAX_OUTBOX_BYTES = 16_777_216
 WHO_SHOWN = 50  # labels in one answer to /who
 
 Awaited = TypeVar("Awaited")
+
+
+class Unusable(Exception):
+    """What is wrong with what an option names, and what to do, as one sentence."""
 
 
 class Refused(Exception):
@@ -1192,8 +1204,6 @@ WORK_PRICE = 20.0  # seconds that a handler pauses for each second of more work 
 PAUSE_SECONDS = 0.25  # so long at once,
 WORK_CREDIT_SECONDS = 0.02  # after it has saved so much; Windows' clock of work ticks in almost as much
 
-NewClient = Callable[[socket.socket, tuple[str, int], Callable[[Client], None]], Client]  # Client, or one with a codec
-
 
 class Work:
     """What a handler's own work costs it, as a bucket of processor time: nobody's work is free.
@@ -1233,13 +1243,13 @@ class Server:
         errors: Writer,
         guests: Guests,
         discovery: Discovery | None = None,
-        new_client: NewClient = Client,
+        new_codec: Callable[[], Codec] | None = None,
     ) -> None:
         self._room = room
         self._console = console
         self._errors = errors
         self._guests = guests
-        self._new_client = new_client
+        self._new_codec = new_codec
         self._clients: set[Client] = set()  # all with a handler, in the room or not; one operation at a time is safe
         self._crossing: set[Client] = set()  # those of them that are on their way into the room, or out of it
         # What other threads ask of the server thread, and how they wake it.
@@ -1373,7 +1383,7 @@ class Server:
                 sock.close()
                 self._show_refused(address)
                 continue
-            client = self._new_client(sock, address, self._on_outbox)
+            client = Client(sock, address, self._on_outbox, self._new_codec() if self._new_codec else None)
             # Before its handler starts, or a client that leaves at once would be taken out before it is in.
             self._clients.add(client)
             self._crossing.add(client)
@@ -2055,6 +2065,423 @@ class Codec:
         return [memoryview(data)] if data else []
 
 
+# --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
+
+NATS_PORT = 4222
+SERVER_NAME_CHARACTERS = 32  # with a person's name no longer than clients take for a label
+LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
+LINK_START_SECONDS = 4.5  # at most, to find a NATS at the start
+LINK_CONNECT_SECONDS = 4.0  # to try all URLs, but a second each at least
+LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to confirm one
+LINK_PAUSE_SECONDS = 1.0  # before trying to connect again
+X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
+LINK_NODES = 100  # of a cluster, as one of them tells
+HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
+SERVERS_REMEMBERED = 10_000  # a stranger may make up more
+
+SERVER_NAME = re.compile(f"[0-9A-Za-z_-]{{1,{SERVER_NAME_CHARACTERS}}}")
+SUBJECT = re.compile(r"mychat\.[0-9A-Za-z_-]+\.([0-9A-Za-z_-]{1,40})\.([0-9A-Za-z_]{1,16})\.([0-9]{1,9})\.said")
+NOT_SENT = "not sent to the other servers"
+MISSED = re.compile(rb"(?m)^\* (\d+) lines %s\n" % NOT_SENT.encode())  # from the link's own writer: no label is so
+CREDENTIALS = re.compile(r"BEGIN NATS USER JWT-+\s+(\S+)\s.*BEGIN USER NKEY SEED-+\s+(\S+)\s", re.DOTALL)
+
+
+class Unlinked(Unusable):
+    """Why there is no link to the other servers, and what to do, as one sentence."""
+
+
+def qualified(lines: bytes, server: str) -> bytes:
+    """Return lines, and notices of people, as other servers show them: ``@server`` after each label."""
+    lines = re.sub(rb"(?m)^((?:\* )?[^ :\n]+)", rb"\1@" + server.encode(), lines)
+    return re.sub(rb"(?m)^(\* \S+ is now \S+)$", rb"\1@" + server.encode(), lines)
+
+
+def validated(message: bytes, server: str) -> bytes:
+    """Return the lines of a message that are whole, clean, not too long, and of people on ``server``."""
+    label = rb"[^ \t\n:*@]{1,96}@" + server.encode()
+    theirs = rb"(?m)^(?:%s:(.*)|\* %s (?:joined|left|is now %s))\n" % (label, label, label)
+    return b"".join(
+        line[0]
+        for line in re.finditer(theirs, clean(message[: message.rfind(b"\n") + 1]))
+        # Cleaning may have made three bytes of each.
+        if len(line[1] or b"") - 2 * (line[1] or b"").count("\ufffd".encode()) <= MAX_LINE_BYTES
+    )
+
+
+class Link(Writer):
+    """A member of the room and a speaker in it: the servers that share it, over NATS, by the library nats-py.
+
+    A thread runs asyncio for the library. Two writers, this one and the arrivals, keep the room and NATS from waiting
+    for each other. Each server publishes under mychat.ROOM.NAME alone, with the random ID of its process and the number
+    of its connection:
+        mychat.ROOM.NAME.ID.NUMBER.said   whole lines, each with @NAME after its label; without any, a sign of life
+    A line is believed only under the NAME that it has; who may publish there is for NATS's permissions to say. What
+    comes late, by an earlier connection, is dropped, or it would be out of order.
+    """
+
+    label = ""  # what it says has labels
+    gone = False
+
+    def __init__(self, room: Room, console: Writer, errors: Writer, options: argparse.Namespace) -> None:
+        """Connect to the first NATS that answers. Blocks for LINK_START_SECONDS at most; raises Unlinked."""
+        self._library = library("nats", "--nats needs the library nats-py: python -m pip install nats-py")
+        if options.nats_creds:
+            library("nkeys", "--nats-creds needs the library nkeys: python -m pip install nkeys")
+        import asyncio
+        import concurrent.futures
+        import logging
+
+        async def look_up(*arguments: Any, **options: Any) -> Any:
+            return socket.getaddrinfo(*arguments, **options)
+
+        logging.disable()  # what goes wrong is said in a sentence, here
+        self._room, self._console, self._errors, self._options = room, console, errors, options
+        self._id = secrets.token_hex(8)
+        self._arrivals = Writer("arrivals", self._say_here, "from the other servers not shown")
+        self._speaks = threading.Event()  # there is a connection, and the other servers have had time for theirs
+        # The asyncio thread changes what follows; others look.
+        self._connections = 0
+        self._nodes: dict[str, SplitResult] = {}  # of a cluster, by host and port, each with the URL that led to it
+        self._problem = ""  # told last
+        self._heard: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the last NUMBER, by NAME and ID
+        self._has_namesake = False
+        self._loop = asyncio.new_event_loop()
+        self._loop.getaddrinfo = look_up  # type: ignore[method-assign] # a thread of asyncio's would hold up our end
+        threading.Thread(target=self._loop.run_forever, name="asyncio", daemon=True).start()
+        try:
+            self._nats = asyncio.run_coroutine_threadsafe(self._connected(), self._loop).result(LINK_START_SECONDS)
+        except concurrent.futures.TimeoutError as error:  # perhaps a name is still looked up
+            raise Unlinked(linking_problem(error, with_port(options.nats[0]))) from None
+        super().__init__("link", self._publish, NOT_SENT)
+
+    # Runs in the main thread
+
+    def start(self) -> None:
+        """Join the room. Waits for the turn."""
+        import asyncio
+
+        self._room.add(self)
+        self._console.say(f"Linked to room {self._options.room} as {self._options.server_name}")
+        staying = asyncio.run_coroutine_threadsafe(self._stay_linked(), self._loop)
+        staying.add_done_callback(lambda link: self._errors.say(f"The link has ended by a fault: {link.exception()!r}"))
+
+    # Called from any thread
+
+    def elsewhere(self) -> str:
+        """Return what a list of who is here ends with: the servers that were heard of in the last minute."""
+        since = time.monotonic() - HEARD_SECONDS
+        names = list(dict.fromkeys(name for (name, _), (when, _) in self._heard.copy().items() if when >= since))
+        if not names:
+            return ""
+        more = f" and {len(names) - WHO_SHOWN} more" if len(names) > WHO_SHOWN else ""
+        return f", and people on {', '.join(names[:WHO_SHOWN])}{more}"
+
+    # Runs in the threads of the two writers
+
+    def _say_here(self, lines: bytes) -> None:
+        while lines:
+            some = front(lines, READ_BYTES)
+            self._room.relay(self, some)
+            lines = lines[len(some) :]
+
+    def _publish(self, lines: bytes) -> None:
+        """Wait for a connection, publish lines, wait until NATS has them; tell our people how many it may not have."""
+        for count in MISSED.findall(lines):
+            self._tell_missed(int(count))
+        lines = qualified(MISSED.sub(b"", lines), self._options.server_name)
+        while lines:
+            self._speaks.wait()
+            most = min(self._nats.max_payload, LINK_MESSAGE_BYTES)
+            some = front(lines, most)
+            lines = lines[len(some) :]
+            if len(some) > most or not self._is_sent(some):
+                self._tell_missed(some.count(b"\n"))
+
+    def _is_sent(self, lines: bytes) -> bool:
+        """Return whether NATS has confirmed lines before the connection was over."""
+        import asyncio
+
+        try:
+            asyncio.run_coroutine_threadsafe(self._send(lines), self._loop).result()
+        except Exception:  # cancelled, or of any kind that the library has
+            self._speaks.clear()  # what follows is kept
+            return False
+        return True
+
+    def _tell_missed(self, lines: int) -> None:
+        self._arrivals.say(f"* {lines} lines {NOT_SENT}")
+
+    # Runs in the asyncio thread
+
+    async def _stay_linked(self) -> None:
+        """Speak by one connection after the other. Does not end: the process does."""
+        import asyncio
+
+        pause = 0.0
+        while True:
+            self._tell_problem(await self._speak(pause))
+            self._speaks.clear()
+            self._arrivals.say("* link to the other servers lost")  # now: what is said after that is kept
+            self._nodes = {node.netloc: self._address for node in self._nats.discovered_servers[:LINK_NODES]}
+            self._drop(self._nats)
+            pause = LINK_PAUSE_SECONDS
+            nats = None
+            while not nats:
+                await asyncio.sleep(pause)
+                try:
+                    nats = await self._connected()
+                except Unlinked as error:
+                    self._tell_problem(str(error))
+            self._nats, self._problem = nats, ""
+            self._arrivals.say("* link restored")
+
+    async def _speak(self, pause: float) -> str:
+        """Let people be heard after a pause, and give signs of life, until the connection is over; return why it is."""
+        import asyncio
+
+        nats = self._nats
+        await asyncio.wait((nats._reading_task,), timeout=pause)
+        while not nats._reading_task.done():  # it ends whatever ends the connection
+            self._speaks.set()
+            messages = nats.stats["in_msgs"]
+            sign = asyncio.ensure_future(self._send(b""))
+            await asyncio.wait((nats._reading_task,), timeout=LINK_SIGN_SECONDS)
+            if not sign.done() and nats.stats["in_msgs"] == messages:
+                return linking_problem(TimeoutError(), self._node)
+        return linking_problem(nats.last_error or EOFError(), self._node)
+
+    async def _send(self, lines: bytes) -> None:
+        """Publish lines; return when NATS has confirmed that. Is cancelled when the connection is over."""
+        subject = f"mychat.{self._options.room}.{self._options.server_name}.{self._id}.{self._connections}.said"
+        await self._nats.publish(subject, lines)
+        await self._nats.flush(3600)  # longer than any connection that does not answer: the library bears no late one
+
+    def _drop(self, nats: Any) -> None:
+        """Give up a connection, and all that waits for it: its own way to close may wait for a NATS that is stopped."""
+        import asyncio
+
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        with contextlib.suppress(Exception):  # there is none yet
+            nats._transport.close()
+
+    async def _connected(self) -> Any:
+        """Return a connection to the first NATS that answers; raise Unlinked, with the last problem, when none does."""
+        import asyncio
+
+        given = {with_port(address): address for address in self._options.nats}
+        nodes = {**given, **self._nodes, **given}  # first those that were given, and each as it was given
+        for node, address in nodes.items():
+            self._connections += 1
+            nats = self._library.NATS()
+            try:
+                await asyncio.wait_for(self._log_in(nats, node, address), max(1.0, LINK_CONNECT_SECONDS / len(nodes)))
+            except Exception as error:  # of any kind: who answers may be no NATS
+                problem = linking_problem(error, node)
+                self._drop(nats)
+            else:
+                self._node, self._address = node, address
+                return nats
+        raise Unlinked(problem)
+
+    async def _log_in(self, nats: Any, node: str, address: SplitResult) -> None:
+        """Connect to a node, as its URL says, and hear the room. Raises whatever the library does.
+
+        The library starts TLS only if NATS asks for it. So it gets what is secret from functions that it calls when it
+        puts its login together: they raise Unlinked when there should be TLS by then, and is none.
+        """
+        context = tls_to_nats(self._options.nats_ca)
+
+        def unlocked(secret: str | None) -> str:
+            if address.scheme == "tls" and not context.session_stats()["connect_good"]:
+                raise Unlinked(f"NATS at {node} does not speak TLS: set it up there, or give a URL with nats://.")
+            return unquote(secret or "")
+
+        async def on_error(error: Exception) -> None:
+            if not nats.is_connected:
+                raise error  # or the library would try again, for minutes
+            if "permissions" in str(error):
+                self._tell_problem(linking_problem(error, node))
+
+        async def on_message(*message: Any) -> None:
+            with contextlib.suppress(Exception):  # a subject that is not UTF-8, say, would end the reading
+                await process(*message)
+
+        process, nats._process_msg = nats._process_msg, on_message
+        login: dict[str, Any] = {"token": lambda: unlocked(address.username)}
+        if address.password is not None:
+            login = {"user": lambda: unlocked(address.username), "password": lambda: unlocked(address.password)}
+        if self._options.nats_creds:
+            jwt, keys = credentials(self._options.nats_creds)
+            login["user_jwt_cb"] = jwt.encode
+            login["signature_cb"] = lambda nonce: base64.b64encode(keys.sign((unlocked("") + nonce).encode()))
+        host = urlsplit(f"//{node}").hostname or ""
+        await nats.connect(
+            servers=[f"nats://{node}"],
+            name="mychatserver",
+            no_echo=True,
+            allow_reconnect=False,  # we do: the library gives up for good at many a word of NATS
+            error_cb=on_error,
+            connect_timeout=LINK_CONNECT_SECONDS,
+            tls=context,
+            # The nodes of a cluster tell of each other by numbers, which no certificate has.
+            tls_hostname=address.hostname if re.fullmatch(r"[\d.]+|.*:.*", host) else host,
+            **login,
+        )
+        await nats.subscribe(f"mychat.{self._options.room}.>", cb=self._hear)
+        await nats.flush()
+
+    async def _hear(self, message: Any) -> None:
+        """Have our people told what a message says, unless it is a stranger's or late."""
+        found = SUBJECT.fullmatch(message.subject)
+        if not found or found[2] == self._id or len(message.data) > LINK_MESSAGE_BYTES:
+            return
+        name, number = found[1], int(found[3])
+        if number < self._heard.get((name, found[2]), (0.0, 0))[1]:
+            return
+        if len(self._heard) >= SERVERS_REMEMBERED:
+            self._heard.clear()
+        self._heard[name, found[2]] = time.monotonic(), number
+        if name == self._options.server_name and not self._has_namesake:
+            self._has_namesake = True
+            self._console.say(f"Another server is called {name}, too: give one of them another --server-name.")
+        if lines := validated(message.data, name):
+            self._arrivals.give([memoryview(lines)])
+        time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
+
+    def _tell_problem(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            self._errors.say(problem)
+
+
+def library(name: str, sentence: str) -> Any:
+    """Import what is not in the standard library; raise Unlinked with a sentence when it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise Unlinked(sentence) from None
+
+
+def tls_to_nats(certificates: str | None) -> ssl.SSLContext:
+    """Return a context for one connection; raise Unlinked when there are no certificates in a file."""
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=certificates)
+    except OSError as error:
+        raise Unlinked(f"Cannot use {certificates}: {error.strerror}; give --nats-ca certificates in PEM.") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if certificates is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
+        context.verify_flags |= X509_V_FLAG_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # ... and one that openssl has made, as on those before
+    return context
+
+
+def credentials(path: str) -> tuple[str, Any]:
+    """Return the JWT and the keys in a file of a user's credentials; raise Unlinked when there are none."""
+    try:
+        with open(path, errors="replace") as file:
+            ((token, seed),) = CREDENTIALS.findall(file.read())
+        return token, importlib.import_module("nkeys").from_seed(bytearray(seed.encode()))
+    except Exception as error:  # of any kind: the library tells of a wrong key by several
+        reason = getattr(error, "strerror", None) or "it has no JWT and key of a user"
+        raise Unlinked(f"Cannot use {path}: {reason}; give --nats-creds a user's credentials.") from None
+
+
+def linking_problem(error: Exception, node: str) -> str:
+    """Return one sentence that says why there is no link, and what to do."""
+    host, _, port = node.rpartition(":")
+    nats = f"NATS at {host.strip('[]')} port {port}"
+    words = clean(str(error)[:200].encode("utf-8", "replace")).decode().replace("\n", " ")
+    if isinstance(error, Unlinked):
+        return words
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"Unknown host {host!r}: check the URL of --nats."
+    if type(error).__name__ == "TimeoutError":  # Python's own, or asyncio's, which is another one before 3.11
+        return f"No answer from {nats}: is it stopped, or a firewall between? Check the URL of --nats."
+    if "Connect call failed" in words:  # asyncio's, at one or several addresses of a host
+        return f"No {nats}: start nats-server there, or give --nats another URL."
+    if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError
+        return f"{nats} has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one."
+    if isinstance(error, OSError):
+        return f"Cannot reach {nats}: {error.strerror or words}; check the URL of --nats."
+    if "authorization" in words.lower():
+        return f"{nats} does not let us in: check user and password, token or --nats-creds."
+    if "EOF" in words or isinstance(error, EOFError):
+        return f"{nats} has closed the connection: its log may say why."
+    if words.startswith("nats: ") and "INFO" not in words.upper():
+        return f"{nats} says {words[6:]!r}: its log may say more."
+    return f"What answers is not {nats}: check the URL of --nats."
+
+
+def with_port(address: SplitResult) -> str:
+    """Return host and port of a URL."""
+    return address.netloc.rpartition("@")[2].rstrip(":") + ("" if address.port else f":{NATS_PORT}")
+
+
+def nats_addresses(text: str) -> list[SplitResult]:
+    """Return the addresses in a list of URLs; raise what argparse turns into a usage error, without what is secret."""
+    try:
+        addresses = [urlsplit(url) for url in text.split(",")]
+        if all(
+            address.scheme in ("nats", "tls")
+            and address.hostname
+            and address.port != 0
+            and address.path + address.query + address.fragment in ("", "/")
+            for address in addresses
+        ):
+            return addresses
+    except ValueError:  # no number for a port, half an IPv6 address
+        pass
+    raise argparse.ArgumentTypeError(
+        "not a URL like nats://HOST:PORT or tls://HOST:PORT, with USER:PASSWORD@ or TOKEN@ before HOST if need be"
+    )
+
+
+def word(text: str) -> str:
+    """Return the name of a room or a server; raise what argparse turns into a usage error."""
+    if not SERVER_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name: letters, digits, _ and -, {SERVER_NAME_CHARACTERS} at most"
+        )
+    return text
+
+
+class DiscreetParser(argparse.ArgumentParser):
+    """A parser that repeats no secret when arguments are wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"://\S*@", "://...@", message))
+
+
+def add_link_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the link to those of the command line."""
+    add = parser.add_argument
+    add("--nats", type=nats_addresses, metavar="URL[,URL...]", help="share a room (default: MYCHAT_NATS, or do not)")
+    add("--room", type=word, metavar="NAME", help="the room to share (default: main)")
+    add("--server-name", type=word, metavar="NAME", help="what other servers call this one (default: the host's)")
+    add("--nats-ca", metavar="PEM", help="who may certify NATS (default: whom the system trusts)")
+    add("--nats-creds", metavar="FILE", help="who we are: a NATS user's JWT and key (default: as the URL says)")
+
+
+def resolve_link_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in what was not given; end with a usage line when that is not possible."""
+    in_environment = os.environ.get("MYCHAT_NATS")
+    if options.nats is None and in_environment:
+        try:
+            options.nats = nats_addresses(in_environment)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"MYCHAT_NATS: {error}")
+    elif options.nats and any(address.username for address in options.nats):
+        warn("What is secret in --nats can be seen by all on this machine: give the URL in MYCHAT_NATS instead.")
+    if not options.nats and (options.room or options.server_name or options.nats_ca or options.nats_creds):
+        parser.error("--room, --server-name, --nats-ca and --nats-creds say more of --nats, which is missing")
+    own_name = re.sub("[^0-9A-Za-z_-]", "-", socket.gethostname().partition(".")[0])[:SERVER_NAME_CHARACTERS]
+    options.server_name = options.server_name or own_name or "server"
+    options.room = options.room or "main"
+
+
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
 
 
@@ -2062,10 +2489,6 @@ EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - to listen on only if asked for
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
 WRITER_SECONDS = 0.4  # in which the last lines must be shown and logged when the server stops
-
-
-class Unusable(Exception):
-    """What is wrong with what an option names, and what to do, as one sentence."""
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -2189,8 +2612,8 @@ def warn(text: str) -> None:
         os.write(2, f"{text}\n".encode("utf-8", "replace"))
 
 
-def stream_writer(descriptor: int) -> Writer:
-    """Return what writes to a descriptor, the console's for example."""
+def write_to_stream(descriptor: int) -> Callable[[bytes], None]:
+    """Return a function for a Writer that writes to a standard stream."""
     # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
     file = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
 
@@ -2198,16 +2621,17 @@ def stream_writer(descriptor: int) -> Writer:
         rest = memoryview(text)
         while rest:
             if sys.platform != "win32":
-                os.set_blocking(descriptor, True)  # it may be shared with a program that sets it otherwise
+                os.set_blocking(file.fileno(), True)  # it may be shared with a program that sets it otherwise
             rest = rest[file.write(rest) or 0 :]
 
-    return Writer("stream", write)
+    return write
 
 
-def log_writer(path: str, errors: Writer) -> Writer:
-    """Return what appends to a file, the time before each line; raise OSError when nothing can be appended to it.
+def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
+    """Return a function for a Writer that appends to a file, the time before each line, and tells of what goes wrong.
 
-    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over.
+    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over. Raises
+    OSError when nothing can be appended now.
     """
     with open(path, "ab"):
         pass
@@ -2230,7 +2654,7 @@ def log_writer(path: str, errors: Writer) -> Writer:
             errors.say(f"Writing to {path} again: {lines_lost} lines were not written.")
             lines_lost = 0
 
-    return Writer("log", write, "not written")
+    return write
 
 
 def open_missing_descriptors() -> None:
@@ -2273,7 +2697,7 @@ def number(least: int, most: int) -> Callable[[str], int]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
-    parser = argparse.ArgumentParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
+    parser = DiscreetParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
     option = parser.add_argument
     where = parser.add_mutually_exclusive_group().add_argument
     where("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
@@ -2313,7 +2737,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
     option("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
     option("--version", action="version", version=f"mychatserver {__version__}")
+    add_link_options(parser)
     options = parser.parse_args(argv)
+    resolve_link_options(parser, options)
     if options.tls_key is not None and options.tls_cert is None:
         parser.error("--tls-key is the key of a certificate: give --tls-cert too")
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
@@ -2330,13 +2756,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         options = parse_args(argv)
         raise_descriptor_limit()
-        new_client: NewClient = Client
+        new_codec = None
         if options.tls_cert is not None:
-            context = tls_context(options.tls_cert, options.tls_key)
-
-            def new_client(*arguments: Any) -> Client:
-                return Client(*arguments, Codec(context))
-
+            new_codec = functools.partial(Codec, tls_context(options.tls_cert, options.tls_key))
         password = password_from(options.password_file)
         guests = Guests(options.allow, password, options.rate, options.tls_cert)
         try:
@@ -2347,12 +2769,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, UnicodeError) as error:
             warn(listening_problem(error, options.host, options.port))
             return 1
-        console, errors = stream_writer(1), stream_writer(2)
+        console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
         writers: list[Writer] = [console, errors]
         log = None
         if options.log is not None:
             try:
-                log = log_writer(options.log, errors)
+                log = Writer("log", write_to_log(options.log, errors), "not written")
             except OSError as error:
                 warn(f"Cannot write to {options.log}: {error.strerror}; give --log another file.")
                 return 1
@@ -2366,11 +2788,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             History(options.history) if options.history else None,
             shares_bytes=options.tls_cert is None,
         )
+        link = Link(room, console, errors, options) if options.nats else None
+        if link:
+            writers.append(link)
         discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
         say_where(console, errors, listener, guests, options.lan, discovery is not None)
+        if link:
+            link.start()
         threading.stack_size(STACK_BYTES)
         sys.setswitchinterval(SWITCH_SECONDS)
-        status = Server(listener, room, console, errors, guests, discovery, new_client).run()
+        status = Server(listener, room, console, errors, guests, discovery, new_codec).run()
         for writer in writers:
             writer.close()
         deadline = Deadline(WRITER_SECONDS)

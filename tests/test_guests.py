@@ -109,7 +109,7 @@ class Addresses(Guests):
 
     def test_with_ipv6_a_host_is_its_64(self) -> None:
         def host(address: str) -> str:
-            return mychatserver.home((address, 1))
+            return mychatserver.host_key((address, 1))
 
         self.assertEqual(host("2001:db8::1"), host("2001:db8::ffff:0:0:9"))
         self.assertNotEqual(host("2001:db8::1"), host("2001:db8:0:1::1"))
@@ -551,26 +551,26 @@ class Rates(Guests):
 
         client = mock.Mock(gone=False)
         with mock.patch.object(time, "monotonic", lambda: now), mock.patch.object(time, "sleep", sleep):
-            pace = mychatserver.Pace(2, client)
-            said: list[float] = []
-            blocks = [(b"x\n" * size, "/who" if size == 3 else "") for size in (1, 50, 3, 90)]
-            for lines, command in pace.hold(iter(blocks)):
-                said += [now] * (lines.count(b"\n") + bool(command))
-            self.assertEqual(said[:20], [0.0] * 20)
-            for number, moment in enumerate(said[20:], 1):
+            pace = mychatserver.Pace(2)
+
+            def said(block: bytes) -> list[float]:
+                return [now for _ in pace.parts(block, False) if pace.wait(client)]
+
+            times = [moment for size in (1, 50, 3, 91) for moment in said(b"x\n" * size)]
+            self.assertEqual(times[:20], [0.0] * 20)
+            for number, moment in enumerate(times[20:], 1):
                 self.assertAlmostEqual(moment, number / 2)
-            self.assertEqual(len(said), 1 + 50 + 3 + 1 + 90)
+            self.assertEqual(len(times), 1 + 50 + 3 + 91)
             now += 1_000  # a long silence allows no more than a burst
             start = now
-            said = [now - start for lines, _ in pace.hold(iter([(b"x\n" * 30, "")])) for _ in range(lines.count(b"\n"))]
-            self.assertEqual(said[:20], [0.0] * 20)
-            self.assertAlmostEqual(said[-1], 5)
+            times = said(b"x\n" * 30)
+            self.assertEqual(times[:20], [start] * 20)
+            self.assertAlmostEqual(times[-1], start + 5)
             now += 0.25  # in which half a line has become due
             start = now
-            self.assertEqual({now - start for _ in pace.hold(iter([(b"x\n", "")]))}, {0.25})
+            self.assertEqual(said(b"x\n"), [start + 0.25])
             client.gone = True
-            for part in ((b"x\n", ""), (b"", "/who")):
-                self.assertEqual(list(pace.hold(iter([part]))), [])
+            self.assertEqual(said(b"x\n"), [])
 
     def test_who_is_gone_says_nothing_more(self) -> None:
         """A name and a place are free as soon as something said finds that their owner has closed."""

@@ -18,7 +18,7 @@ except ImportError:
 
 import mychatclient
 import mychatserver
-from mychatserver import abroad, admitted, clean, folded, labelled, name_problem, parse
+from mychatserver import clean, folded, labelled, name_problem, parse, qualified, validated
 from tests.support import LONG, LOOPBACK, Peer, Server, new_framer
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
@@ -201,7 +201,7 @@ class OtherServers(unittest.TestCase):
     )
     def test_whatever_comes_what_is_shown_is_whole_clean_and_of_its_server(self, words: list[bytes]) -> None:
         message = b"\n".join(words)
-        shown = admitted(message, b"p")
+        shown = validated(message, "p")
         self.assertEqual(clean(shown), shown)
         lines = clean(message).split(b"\n")[:-1]
         for line in shown.split(b"\n")[:-1]:
@@ -210,12 +210,12 @@ class OtherServers(unittest.TestCase):
         self.assertTrue(shown == b"" or shown.endswith(b"\n"))
 
     @given(st.lists(st.sampled_from([b"54358", b"ann", "é-2".encode()])), STREAMS)
-    def test_what_is_sent_to_another_server_is_admitted_there_unchanged(self, labels: list[bytes], text: bytes) -> None:
+    def test_what_is_sent_to_another_server_is_valid_there_unchanged(self, labels: list[bytes], text: bytes) -> None:
         words = clean(text.replace(b"\n", b" "))
         forms = b"%s:%s\n* %s is now %s\n* %s left\n", b"%s@p:%s\n* %s@p is now %s@p\n* %s@p left\n"
         here, there = (b"".join(form % (label, words, label, label, label) for label in labels) for form in forms)
-        self.assertEqual(abroad(here, b"p"), there)
-        self.assertEqual(admitted(there, b"p"), there)
+        self.assertEqual(qualified(here, "p"), there)
+        self.assertEqual(validated(there, "p"), there)
 
 
 PEOPLE = st.integers(0, 9)
