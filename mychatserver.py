@@ -138,10 +138,11 @@ class Framer:
 
     def rest(self) -> bytes:
         """End the unfinished line, as end-of-file and silence do; return it as a block, empty if there is none."""
-        line = b"" if self._skipping else bytes(self._partial) + self._return
+        self._keep(self._return)
+        line = bytes(self._partial)
+        self._return = b""
         self._skipping = False
         self._partial.clear()
-        self._return = b""
         return line + b"\n" if line else b""
 
     def _keep(self, data: bytes) -> bool:
@@ -825,7 +826,7 @@ class Room:
     def tell(self, client: Client, target: Client | str, text: str) -> None:
         """Give a private word to the one client, or the one of that label; tell ``client`` that it went, or why not.
 
-        Blocks like ``relay``.
+        Blocks like ``relay``, and waits for the turn.
         """
         notice = f"* {client.label} to you: {text}"
         with self._queue_lock:
@@ -837,7 +838,8 @@ class Room:
             else:
                 found = None
         if found:
-            self._give(found, notice)
+            with self._turn:  # after what was said before, which may be on its way
+                self._give(found, notice)
             self.reply(client, f"* to {found.label}: {text}")
         elif not isinstance(target, str):
             self.reply(client, "* who wrote to you has left")

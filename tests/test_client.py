@@ -194,7 +194,7 @@ class Pipes(SharedServerTestCase):
 
     def test_turned_away(self) -> None:
         with Server("--max-clients", "1") as server, server.peer(), client(server.port) as program:
-            program.expect(GREETING, "", "* server full: 1 of 1 clients", FAREWELL)
+            program.expect(GREETING, "", "* refused: server full: 1 of 1 clients", FAREWELL)
             self.assertEqual(program.wait(), 1)
 
     def test_when_a_send_fails_what_had_come_is_still_shown(self) -> None:
@@ -601,7 +601,7 @@ class TurnedAway(TestCase):
                     program.end_input()
                     self.assertEqual(program.wait(), 1)
                     self.assertIn("Connection lost: the server has turned this client away", program.errors())
-                    self.assertIn(b"* server full: 1 of 1 clients\n", program.output)
+                    self.assertIn(b"* refused: server full: 1 of 1 clients\n", program.output)
 
 
 class Quitting(SharedServerTestCase):

@@ -413,7 +413,7 @@ class HonestReader(Room):
 
 
 class SmallBacklogs(Room):
-    constants = {"FLOOR_SECONDS": 60, "MAX_BACKLOG_BYTES": 1_200_000}
+    constants = {"FLOOR_SECONDS": 60, "MAX_OUTBOX_BYTES": 1_200_000}
     setup = SMALL_BUFFERS
 
     def test_whose_backlog_is_out_of_bounds_is_let_go_at_once(self) -> None:
@@ -431,7 +431,7 @@ class MaxClients(TestCase):
     def test_one_too_many_is_told_and_there_is_room_again(self) -> None:
         with Server("--max-clients", "2") as server, server.peer() as ann, server.peer() as bob:
             with Peer(LOOPBACK, server.port) as third:
-                third.expect("* server full: 2 of 2 clients")
+                third.expect("* refused: server full: 2 of 2 clients")
                 third.expect_end()
                 server.expect(f"Refused : {third.address}")
             ann.say("nobody noticed")
@@ -449,7 +449,7 @@ class MaxClients(TestCase):
         with Server("--max-clients", "1") as server, server.peer() as ann:
             for _ in range(20):
                 with Peer(LOOPBACK, server.port) as peer:
-                    peer.expect("* server full: 1 of 1 clients")
+                    peer.expect("* refused: server full: 1 of 1 clients")
             server.stop()
             ann.expect_end()
             self.assertLess(server.output.count(b"Refused"), 10)

@@ -175,24 +175,25 @@ class Speaking(unittest.TestCase):
             (b"a\nexit\nb\n", b"a\n", "/quit"),
             (b" \texit\t \n", b"", "/quit"),
             (b"exit\n", b"", "/quit"),
-            (b"exiting\nExit\nexit now\nan exit\nexit.\n", b"exiting\nExit\nexit now\nan exit\nexit.\n", ""),
+            (b"a\nExit\nb\n", b"a\n", "/quit"),
+            (b"exiting\nexit now\nan exit\nexit.\n", b"exiting\nexit now\nan exit\nexit.\n", ""),
             (b"a\n  exit\n", b"a\n", "/quit"),
         ):
             with self.subTest(block=block):
-                self.assertEqual(list(parse(block)), [(lines, command)])
+                self.assertEqual([part for part in parse(block) if any(part)], [(lines, command)])
 
     def test_commands_and_what_only_looks_like_one(self) -> None:
-        text = b"/etc/hosts\n/\n/Nick a\n / nick\n//\n//x/y\n///nick\n/nick: a\n/n1 a\n"
+        text = b"/etc/hosts\n/\n / nick\n//\n//x/y\n///nick\n/1 a\n"
         self.assertEqual(list(parse(text)), [(text, "")])
         self.assertEqual(list(parse(b"//nick ann\n//a\n//a\tb\n")), [(b"/nick ann\n/a\n/a\tb\n", "")])
         self.assertEqual(
-            list(parse(b"a\n/nick ann\nb\n/who\n/msg x\ty \nexit\n/who\n")),
-            [(b"a\n", "/nick ann"), (b"b\n", "/who"), (b"", "/msg x\ty "), (b"", "/quit")],
+            list(parse(b"a\n/nick ann\nb\n \t/Who\n/msg x\ty \n/msg: x\nexit\n/who\n")),
+            [(b"a\n", "/nick ann"), (b"b\n", "/Who"), (b"", "/msg x\ty "), (b"", "/msg: x"), (b"", "/quit")],
         )
 
     def test_only_space_and_tab_are_blanks(self) -> None:
         for blank in "\x0b\x0c\x1c\x85\xa0\u2003\u3000":
-            block = clean(f"{blank}\n{blank}exit\n/who{blank}\n".encode())
+            block = clean(f"{blank}\n{blank}exit\n{blank}/who\n".encode())
             self.assertEqual(list(parse(block)), [(block, "")])
 
     def test_each_line_is_labelled(self) -> None:

@@ -160,6 +160,7 @@ class LogTests(TestCase):
                 bob.expect(f"* {ann.label} is now añn", "añn:Hi! ")
                 bob.say("/msg añn secret")
                 ann.expect(f"* {ann.label} is now añn", f"* {bob.label} to you: secret")
+                bob.expect("* to añn: secret")
                 bob.say("exit")
                 bob.expect_end()
                 expected = [

@@ -293,16 +293,20 @@ class Private(People):
         third = self.peer()
         self.ann.say("/msg bob  a word ")
         self.bob.expect("* ann to you: a word ")
+        self.ann.expect("* to bob: a word ")
         self.bob.say("/r and  back")
         self.ann.expect("* bob to you: and  back")
+        self.bob.expect("* to ann: and  back")
         self.ann.say(f"/msg {third.label} you too")
         third.expect("* ann to you: you too")
+        self.ann.expect(f"* to {third.label}: you too")
         self.silent(third, self.bob)
 
     def test_an_answer_goes_to_the_person_whatever_the_name(self) -> None:
         self.name(self.ann, "ann")
         self.ann.say(f"/msg {self.bob.label} Hi!")
         self.bob.expect("* ann to you: Hi!")
+        self.ann.expect(f"* to {self.bob.label}: Hi!")
         self.name(self.ann, "anna")
         third = self.peer()
         third.say("/nick ann")
@@ -311,6 +315,7 @@ class Private(People):
         third.expect(f"* {third.label} is now ann")
         self.bob.say("/r you?")
         self.ann.expect(f"* {self.bob.label} to you: you?")
+        self.bob.expect("* to anna: you?")
         self.ann.say("exit")
         self.ann.expect_end()
         self.server.expect(f"* {third.label} is now ann", "Connection closed")
@@ -346,7 +351,7 @@ class Private(People):
                 guest.read_to_end()
         self.ann.say("/who")
         while not (line := self.ann.line().decode()).startswith("* 2 here"):
-            self.assertRegex(line, r"^\* (nobody here is called '\d+'|\d here: .*)$")
+            self.assertRegex(line, r"^\* (nobody here is called '\d+'|to \d+: bye|\d here: .*)$")
             self.ann.say("/who")
 
     def test_help_and_quit(self) -> None:
@@ -384,15 +389,16 @@ class Announce(People):
 # Every notice that a person can get of the server, with what stands for the changing parts.
 NOTICES = (
     LINE_TOO_LONG,
-    "* server stopping",
-    "* server full: 1 of 1 clients",
-    "* too many from your address: 3 of 3 clients",
-    "* too many at the door: 1000 of 1000 newcomers",
+    "* refused: server stopping",
+    "* refused: server full: 1 of 1 clients",
+    "* refused: too many from your address: 3 of 3 clients",
+    "* refused: too many are waiting to enter",
+    "* refused: wrong password",
+    "* refused: no password within 30 s",
+    "* refused: this server speaks TLS: join with mychatclient.py --tls",
     "* password?",
     "* password accepted",
     "* wrong password",
-    "* no password within 30 s",
-    "* this server speaks TLS: join with mychatclient.py --tls",
     "* 12345 lines not shown",
     "* the last 3 lines:",
     "* the last line:",
@@ -404,6 +410,8 @@ NOTICES = (
     "* not a name: '1': it must begin with a letter",
     "* 3 here: 54358, ann (you), bob",
     "* ann to you: text",
+    "* to bob: text",
+    "* 06:23",
     "* nobody here is called 'bob'",
     "* who wrote to you has left",
     "* private words stay on one server: 'ann@paris' is on another",
@@ -441,3 +449,4 @@ class Forging(People):
             self.assertTrue(self.ann.line().startswith(b"* not a name: "))
             self.ann.say(f"/msg {self.bob.label} {notice}")
             self.bob.expect(f"* ann to you: {notice}")
+            self.ann.expect(f"* to {self.bob.label}: {notice}")

@@ -43,7 +43,7 @@ import datetime, os, sys, time
 os.environ["TZ"] = "UTC"
 time.tzset()
 real_local, real_format = time.localtime, time.strftime
-def now(): return 1_699_942_980 + 60 * os.path.getsize(path)
+def now(): return 1_699_942_980 + 60 * os.path.getsize(clock)
 class Moved(datetime.datetime):
     @classmethod
     def now(cls, tz=None): return cls.fromtimestamp(now(), tz)
@@ -419,7 +419,7 @@ class History(TestCase):
                 clock.write(bytes(minutes))
                 clock.flush()
 
-            server = stack.enter_context(Server("--history", "3", setup=f"path = {clock.name!r}\n{CLOCK}"))
+            server = stack.enter_context(Server("--history", "3", setup=f"clock = {clock.name!r}\n{CLOCK}"))
             ann, bob = (stack.enter_context(server.peer()) for _ in range(2))
 
             def say(*lines: str) -> None:
