@@ -2133,7 +2133,7 @@ class Link(Writer):
         async def look_up(*arguments: Any, **options: Any) -> Any:
             return socket.getaddrinfo(*arguments, **options)
 
-        logging.disable()  # what goes wrong is said in a sentence
+        logging.disable()  # what goes wrong is said in a sentence, here
         self._room, self._console, self._errors, self._options = room, console, errors, options
         self._id = secrets.token_hex(8)
         self._arrivals = Writer("arrivals", self._say_here, "from the other servers not shown")
@@ -2157,9 +2157,12 @@ class Link(Writer):
 
     def start(self) -> None:
         """Join the room. Waits for the turn."""
+        import asyncio
+
         self._room.add(self)
         self._console.say(f"Linked to room {self._options.room} as {self._options.server_name}")
-        self._loop.call_soon_threadsafe(self._loop.create_task, self._stay_linked())
+        staying = asyncio.run_coroutine_threadsafe(self._stay_linked(), self._loop)
+        staying.add_done_callback(lambda link: self._errors.say(f"The link has ended by a fault: {link.exception()!r}"))
 
     # Called from any thread
 
@@ -2182,8 +2185,7 @@ class Link(Writer):
 
     def _publish(self, lines: bytes) -> None:
         """Wait for a connection, publish lines, wait until NATS has them; tell our people how many it may not have."""
-        for count in MISSED.findall(lines):
-            self._tell_missed(int(count))
+        missed = MISSED.findall(lines)
         lines = qualified(MISSED.sub(b"", lines), self._options.server_name)
         while lines:
             self._speaks.wait()
@@ -2192,6 +2194,8 @@ class Link(Writer):
             lines = lines[len(some) :]
             if len(some) > most or not self._is_sent(some):
                 self._tell_missed(some.count(b"\n"))
+        for count in missed:
+            self._tell_missed(int(count))
 
     def _is_sent(self, lines: bytes) -> bool:
         """Return whether NATS has confirmed lines before the connection was over."""
