@@ -2188,8 +2188,7 @@ class Link(Writer):
 
     def _publish(self, lines: bytes) -> None:
         """Wait for a connection, publish lines, wait until NATS has them; tell our people how many it may not have."""
-        for count in MISSED.findall(lines):
-            self._tell_missed(int(count))
+        missed = MISSED.findall(lines)
         lines = qualified(MISSED.sub(b"", lines), self._options.server_name)
         while lines:
             self._speaks.wait()
@@ -2198,6 +2197,8 @@ class Link(Writer):
             lines = lines[len(some) :]
             if len(some) > most or not self._is_sent(some):
                 self._tell_missed(some.count(b"\n"))
+        for count in missed:
+            self._tell_missed(int(count))
 
     def _is_sent(self, lines: bytes) -> bool:
         """Return whether NATS has confirmed lines before the connection was over."""
