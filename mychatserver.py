@@ -65,7 +65,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
 from urllib.parse import SplitResult, unquote, urlsplit
 
 if TYPE_CHECKING:
@@ -244,25 +244,6 @@ OTHER_ANSWER = (
 )
 
 
-class Member(Protocol):
-    """What the room knows of those in it."""
-
-    def give(self, pieces: Sequence[memoryview]) -> int:
-        """Take pieces to send on; never block, never raise. Return the bytes that had to wait: the outbox."""
-
-
-class Speaker(Member, Protocol):
-    """What the room knows of those who say something: people, and the link to other servers."""
-
-    @property
-    def label(self) -> str:
-        """What stands before each of its lines."""
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody is there to wait any more until it may speak."""
-
-
 class Deadline:
     """A moment, so many seconds from now."""
 
@@ -280,12 +261,6 @@ def ready(sock: socket.socket, events: int, seconds: float) -> int:
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         selector.register(sock, events)
         return sum(found for _, found in selector.select(seconds))
-
-
-def host_key(address: tuple[str, int]) -> str:
-    """Return what stands for the host of an address: with IPv6 its /64, in which one host can take any address."""
-    network = ipaddress.ip_interface(f"{address[0].partition('%')[0]}{'/64' if ':' in address[0] else ''}").network
-    return str(network)
 
 
 class State(enum.IntEnum):
@@ -327,7 +302,7 @@ class Client:
         self._outbox: collections.deque[memoryview] = collections.deque()
         self.outbox_bytes = 0  # others read this, and the next two, without the lock
         self.had_outbox = False  # the server thread has been asked to flush it
-        self._state = State.OPEN
+        self.state = State.OPEN
         self._taken = 0  # bytes of an outbox, since the last note
         self._received_when_taking = 0  # what had been received when it last took anything
         # Only the server thread uses what follows.
@@ -337,17 +312,7 @@ class Client:
     @property
     def gone(self) -> bool:
         """Whether nobody is there to hear anything more."""
-        return self._state > State.OPEN
-
-    @property
-    def leaving(self) -> bool:
-        """Whether nothing more is read from it."""
-        return self._state >= State.LEAVING
-
-    @property
-    def evicted(self) -> bool:
-        """Whether its outbox was thrown away."""
-        return self._state is State.EVICTED
+        return self.state > State.OPEN
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -380,9 +345,9 @@ class Client:
     def finish(self) -> None:
         """Take no more; once the outbox is sent, end the stream in this direction. Does not block."""
         with self._lock:
-            if self._state is State.OPEN and self._codec:
+            if self.state is State.OPEN and self._codec:
                 self._put(self._codec.ended())
-            self._state = max(self._state, State.LEAVING)
+            self.state = max(self.state, State.LEAVING)
             if not self._outbox:
                 self._shut(socket.SHUT_WR)
 
@@ -437,7 +402,7 @@ class Client:
                 data = self.recv(self.read_bytes)
             except OSError:  # reset: the peer left in the middle of something; or its time is up
                 return
-            if self.leaving:
+            if self.state >= State.LEAVING:
                 return
             if not data:
                 with self._lock:  # a send that has just been told of a reset has left end-of-file to recv
@@ -466,7 +431,7 @@ class Client:
             if self.deadline and not ready(self._sock, selectors.EVENT_READ, self.deadline.left()):
                 raise TimeoutError
             if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
-                while not ready(self._sock, selectors.EVENT_READ, 1.0) and not self.leaving:
+                while not ready(self._sock, selectors.EVENT_READ, 1.0) and self.state < State.LEAVING:
                     pass
             data = self._sock.recv(size)
             if not self._codec:
@@ -515,7 +480,7 @@ class Client:
         was_empty = not self._outbox
         sent = self._send(pieces) if was_empty and pieces else 0
         size = sum(map(len, pieces))
-        if sent == size or self._state in (State.LOST, State.EVICTED):
+        if sent == size or self.state in (State.LOST, State.EVICTED):
             return
         if not was_empty and size < SMALL_BYTES > len(self._outbox[-1]):
             pieces = [memoryview(b"".join((self._outbox.pop(), *pieces)))]
@@ -561,7 +526,7 @@ class Client:
             self._outbox[0] = self._outbox[0][sent:]
 
     def _give_up(self, state: State) -> None:
-        self._state = max(self._state, state)
+        self.state = max(self.state, state)
         self._outbox.clear()
         self.outbox_bytes = 0
         self._shut(socket.SHUT_RDWR)
@@ -637,6 +602,10 @@ class Writer:
             except OSError:  # closed, or the disk is full: that may change
                 with self._changed:
                     self._lines_missed += missed + text.count(b"\n")
+
+
+Member = Union[Client, Writer]  # who is given every round: ``give`` never blocks, and returns the bytes that wait
+Speaker = Union[Client, "Link"]  # who says something: has a label, and is gone when nobody is there to wait any more
 
 
 # --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
@@ -1485,7 +1454,7 @@ class Server:
             self._room.leave(client)
             self._wait_until_forgotten(client)
             self._crossed(client)
-            if not client.evicted:
+            if client.state is not State.EVICTED:
                 client.drain()
             client.close()
             self._clients.remove(client)
@@ -1495,7 +1464,7 @@ class Server:
     def _hear(self, client: Client, block: bytes, work: Work) -> None:
         """Relay the lines of a block and obey its commands. Blocks like ``Room.relay``; raise Quit."""
         for lines, command in parse(block):
-            if client.leaving:
+            if client.state >= State.LEAVING:
                 return
             work.not_for(self._room.relay, client, lines)
             if command:
@@ -1706,6 +1675,12 @@ PACED_READ_BYTES = 256  # read at once with --rate: what a client may not say ye
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
+def host_key(address: tuple[str, int]) -> str:
+    """Return what stands for the host of an address: with IPv6 its /64, in which one host can take any address."""
+    network = ipaddress.ip_interface(f"{address[0].partition('%')[0]}{'/64' if ':' in address[0] else ''}").network
+    return str(network)
+
+
 class Limit:
     """So many clients at once, in all and of one host; None is no limit. Call with the lock held that guards it."""
 
@@ -1843,7 +1818,7 @@ class Gate:
 
     def check_time(self) -> None:
         """Raise Refused if the client was too late, or had to make room, rather than left."""
-        if self._client.evicted:
+        if self._client.state is State.EVICTED:
             raise Refused(CROWDED)
         if self._client.deadline and not self._client.deadline.left():
             raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
