@@ -427,6 +427,9 @@ class Client:
 
         Raises OSError at a reset, and when the deadline passes.
         """
+        if self._codec and self._codec.early:
+            text, self._codec.early = self._codec.early, b""
+            return text
         while not (self._codec and self._codec.at_end):
             if self.deadline and not ready(self._sock, selectors.EVENT_READ, self.deadline.left()):
                 raise TimeoutError
@@ -1968,6 +1971,7 @@ class Codec:
         self._wants_more = ssl.SSLWantReadError
         self._silent = 0  # bytes that came since the last text
         self.is_ready = False  # until then what is sent goes out as it is
+        self.early = b""  # text that came right after the peer's last word of the handshake
         self.at_end = False  # the peer has said its close_notify
 
     def shake_hands(self, sock: socket.socket, deadline: Deadline) -> None:
@@ -1993,6 +1997,7 @@ class Codec:
                 pass
             finally:
                 sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
+        self.early = self._text()
 
     def encrypted(self, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
         """Return what is to be sent for ``pieces``."""
@@ -2015,6 +2020,13 @@ class Codec:
         if not data:
             raise ConnectionResetError
         self._received.write(data)
+        text = self._text()
+        self._silent = 0 if text else self._silent + len(data)
+        if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
+            raise ConnectionAbortedError
+        return text if text or self.at_end else None
+
+    def _text(self) -> bytes:
         parts: list[bytes] = []
         try:
             while part := self._tls.read(READ_BYTES):
@@ -2025,10 +2037,7 @@ class Codec:
         except OSError:
             if not parts:  # else the next call raises it again
                 raise
-        self._silent = 0 if parts else self._silent + len(data)
-        if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
-            raise ConnectionAbortedError
-        return b"".join(parts) if parts or self.at_end else None
+        return b"".join(parts)
 
     def ended(self) -> Sequence[memoryview]:
         """Return what is to be sent at the end: TLS's own, close_notify."""
