@@ -600,6 +600,8 @@ class Cuts(Nodes):
         eventually(lambda: len(heard) + total.missed == count)
         ann.say("fence")  # for who still listens
         background.join()
+        if heard[-1] != f"{ann.label}@paris:fence".encode():
+            bob.expect(f"{ann.label}@paris:fence")
         kept = heard[: count - total.missed]
         numbers = [int(line.partition(b":")[2].rstrip(b".")) for line in kept]
         self.assertEqual(numbers, sorted(set(numbers)))
