@@ -315,10 +315,6 @@ class Room(TestCase):
             self.room._share_out()
             self.assertEqual((self.room._share, self.room._common), (share, common))
             self.assertEqual(self.room._shares, dict.fromkeys(clients, share))
-        link: Any = mock.Mock()
-        self.room.add(link)
-        self.room._share_out()
-        self.assertEqual((self.room._share, self.room._common, self.room._shares[link]), (256, 8_191, 8_191))
 
     def test_what_is_paid_while_somebody_is_late(self) -> None:
         """Out of a share; a line that is longer than that, and newcomers, out of what is common."""
