@@ -428,8 +428,8 @@ class Client:
         Raises OSError at a reset, and when the deadline passes.
         """
         if self._codec and self._codec.early:
-            text, self._codec.early = self._codec.early, b""
-            return text
+            early, self._codec.early = self._codec.early, b""
+            return early
         while not (self._codec and self._codec.at_end):
             if self.deadline and not ready(self._sock, selectors.EVENT_READ, self.deadline.left()):
                 raise TimeoutError
