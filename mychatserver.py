@@ -49,7 +49,6 @@ import base64
 import collections
 import contextlib
 import datetime
-import enum
 import errno
 import functools
 import importlib
@@ -263,15 +262,6 @@ def ready(sock: socket.socket, events: int, seconds: float) -> int:
         return sum(found for _, found in selector.select(seconds))
 
 
-class State(enum.IntEnum):
-    """What may still be done with a connection. It only ever increases."""
-
-    OPEN = 0
-    LOST = 1  # a send has found the peer gone: nothing is sent any more, what came before is read
-    LEAVING = 2  # nothing is taken or read any more; end-of-file follows the outbox
-    EVICTED = 3  # nothing is sent either
-
-
 class Client:
     """One peer: its socket, its label and its outbox.
 
@@ -286,12 +276,12 @@ class Client:
         self,
         sock: socket.socket,
         address: tuple[str, int],
-        on_outbox: Callable[[Client], None],
+        on_change: Callable[[Client], None],  # it has got an outbox, or is found to be gone
         codec: Codec | None = None,
     ) -> None:
         self.address = address
         self._sock = sock
-        self._on_outbox = on_outbox
+        self._on_change = on_change
         # Only the handler sets what follows.
         self.deadline: Deadline | None = None  # for what it must send before it may enter
         self.read_bytes = READ_BYTES  # at once
@@ -300,19 +290,15 @@ class Client:
         self._lock = threading.Lock()
         self._codec = codec
         self._outbox: collections.deque[memoryview] = collections.deque()
-        self.outbox_bytes = 0  # others read this, and the next two, without the lock
+        self.outbox_bytes = 0  # others read this, and the next three, without the lock
         self.had_outbox = False  # the server thread has been asked to flush it
-        self.state = State.OPEN
+        self.gone = False  # nothing more is taken for it: it leaves, is evicted, or a send has found the peer gone
+        self.readable = True  # what came from it is read: also what came before a peer was found to be gone
         self._taken = 0  # bytes of an outbox, since the last note
         self._received_when_taking = 0  # what had been received when it last took anything
         # Only the server thread uses what follows.
         self._notes: collections.deque[int] = collections.deque(maxlen=STALL_SECONDS)  # taken in each second
         self._was_slow = False
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody is there to hear anything more."""
-        return self.state > State.OPEN
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -345,16 +331,17 @@ class Client:
     def finish(self) -> None:
         """Take no more; once the outbox is sent, end the stream in this direction. Does not block."""
         with self._lock:
-            if self.state is State.OPEN and self._codec:
+            if not self.gone and self._codec:
                 self._put(self._codec.ended())
-            self.state = max(self.state, State.LEAVING)
+            self.gone, self.readable = True, False
             if not self._outbox:
                 self._shut(socket.SHUT_WR)
 
     def evict(self) -> None:
         """Give up the connection and its outbox; wakes a blocked ``recv``. Does not block, may be repeated."""
         with self._lock:
-            self._give_up(State.EVICTED)
+            self.readable = False
+            self._give_up()
 
     # Runs in the server thread
 
@@ -402,7 +389,7 @@ class Client:
                 data = self.recv(self.read_bytes)
             except OSError:  # reset: the peer left in the middle of something; or its time is up
                 return
-            if self.state >= State.LEAVING:
+            if not self.readable:
                 return
             if not data:
                 with self._lock:  # a send that has just been told of a reset has left end-of-file to recv
@@ -434,7 +421,7 @@ class Client:
             if self.deadline and not ready(self._sock, selectors.EVENT_READ, self.deadline.left()):
                 raise TimeoutError
             if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
-                while not ready(self._sock, selectors.EVENT_READ, 1.0) and self.state < State.LEAVING:
+                while not ready(self._sock, selectors.EVENT_READ, 1.0) and self.readable:
                     pass
             data = self._sock.recv(size)
             if not self._codec:
@@ -480,10 +467,9 @@ class Client:
     def _put(self, pieces: Sequence[memoryview]) -> None:
         """Send pieces; what the socket does not take goes into the outbox, for the server thread to flush."""
         assert self._lock.locked()  # noqa: S101 - a precondition that runs
-        was_empty = not self._outbox
-        sent = self._send(pieces) if was_empty and pieces else 0
-        size = sum(map(len, pieces))
-        if sent == size or self.state in (State.LOST, State.EVICTED):
+        was_empty, size = not self._outbox, sum(map(len, pieces))
+        sent = self._send(pieces) if was_empty and size else 0
+        if sent == size or self.gone:
             return
         if not was_empty and size < SMALL_BYTES > len(self._outbox[-1]):
             pieces = [memoryview(b"".join((self._outbox.pop(), *pieces)))]
@@ -492,7 +478,7 @@ class Client:
         self._advance(sent)
         if was_empty:
             self.had_outbox = True
-            self._on_outbox(self)
+            self._on_change(self)
 
     def _first(self, size: int) -> list[memoryview]:
         """Return at most ``size`` bytes from the outbox's front."""
@@ -515,7 +501,8 @@ class Client:
             return 0
         except OSError as error:
             if error.errno != errno.ENOBUFS:  # the system's, not the peer's trouble: it will pass
-                self._give_up(State.LOST)
+                self._give_up()
+                self._on_change(self)
             return 0
         self._received_when_taking = self.bytes_received
         return sent
@@ -528,8 +515,8 @@ class Client:
         if sent:
             self._outbox[0] = self._outbox[0][sent:]
 
-    def _give_up(self, state: State) -> None:
-        self.state = max(self.state, state)
+    def _give_up(self) -> None:
+        self.gone = True
         self._outbox.clear()
         self.outbox_bytes = 0
         self._shut(socket.SHUT_RDWR)
@@ -1357,7 +1344,7 @@ class Server:
                 sock.close()
                 self._show_refused(address)
                 continue
-            client = Client(sock, address, self._on_outbox, self._new_codec() if self._new_codec else None)
+            client = Client(sock, address, self._on_change, self._new_codec() if self._new_codec else None)
             # Before its handler starts, or a client that leaves at once would be taken out before it is in.
             self._clients.add(client)
             self._crossing.add(client)
@@ -1457,8 +1444,7 @@ class Server:
             self._room.leave(client)
             self._wait_until_forgotten(client)
             self._crossed(client)
-            if client.state is not State.EVICTED:
-                client.drain()
+            client.drain()
             client.close()
             self._clients.remove(client)
             if self._stopping:
@@ -1467,7 +1453,7 @@ class Server:
     def _hear(self, client: Client, block: bytes, work: Work) -> None:
         """Relay the lines of a block and obey its commands. Blocks like ``Room.relay``; raise Quit."""
         for lines, command in parse(block):
-            if client.state >= State.LEAVING:
+            if not client.readable:
                 return
             work.not_for(self._room.relay, client, lines)
             if command:
@@ -1490,7 +1476,7 @@ class Server:
 
     # Called from any thread
 
-    def _on_outbox(self, client: Client) -> None:
+    def _on_change(self, client: Client) -> None:
         self._call_soon(functools.partial(self._look_at, client))
 
     def _call_soon(self, call: Callable[[], object]) -> None:
@@ -1821,7 +1807,7 @@ class Gate:
 
     def check_time(self) -> None:
         """Raise Refused if the client was too late, or had to make room, rather than left."""
-        if self._client.state is State.EVICTED:
+        if not self._client.readable:
             raise Refused(CROWDED)
         if self._client.deadline and not self._client.deadline.left():
             raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
