@@ -1712,10 +1712,7 @@ class Guests:
 
     def are_allowed_from(self, host: str) -> bool:
         """Return whether somebody may connect from the address ``host``."""
-        if not self.networks:
-            return True
-        address = ipaddress.ip_address(host.partition("%")[0])  # a link-local address has its interface behind it
-        return any(address in network for network in self.networks)
+        return not self.networks or any(ipaddress.ip_address(host) in network for network in self.networks)
 
     # Runs in the handler thread
 
@@ -2488,8 +2485,8 @@ def own_address(family: int, target: str, interface: str = "") -> str:
 def say_where(console: Writer, errors: Writer, listener: socket.socket, guests: Guests, lan: bool, found: bool) -> None:
     """Show where the server listens, and how others can join if they can: also by ``--lan`` if it can be found."""
     host, port, *rest = listener.getsockname()
-    if len(rest) == 2 and rest[1] and "%" not in host:  # a link-local address is nothing without its interface
-        host += f"%{socket.if_indextoname(rest[1])}"
+    if any(rest):  # a link-local address is nothing without its interface
+        host += f"%{socket.if_indextoname(rest[-1])}"
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
     if ipaddress.ip_address(host).is_loopback:
         return
@@ -2514,7 +2511,7 @@ def say_how_to_join(console: Writer, host: str, port: int, found: bool, certific
     for name in names or others:
         own = " (with the interface on your side behind the %)" if "%" in name else ""
         console.say(f"{command} {name}{'' if port == DEFAULT_PORT else f' {port}'}{own}")
-    if not others:
+    if not names and not others:
         console.say("No address was found that others could join by: is this machine on a network?")
 
 
@@ -2622,19 +2619,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     count = number(1, 1_000_000)
     parser = DiscreetParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
-    where.add_argument("--lan", action="store_true", help="listen on all addresses and be found (default: off)")
-    parser.add_argument("--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0: any (default: %(default)s)")
+    address = parser.add_mutually_exclusive_group()
+    address.add_argument("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
+    address.add_argument("--lan", action="store_true", help="listen on all addresses and be found (default: off)")
+    parser.add_argument(
+        "--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0: a free one (default: %(default)s)"
+    )
     parser.add_argument("--max-clients", type=count, metavar="N", help="so many at once (default: no limit)")
     parser.add_argument("--max-per-host", type=count, metavar="N", help="so many from one host (default: no limit)")
     parser.add_argument(
-        "--allow", type=network, action="append", metavar="NETWORK", help="let in only these (default: all)"
+        "--allow",
+        type=network,
+        action="append",
+        metavar="NETWORK",
+        help="let in who comes from there alone (default: all)",
     )
+    parser.add_argument("--password-file", metavar="FILE", help="what newcomers must say (default: MYCHAT_PASSWORD)")
     parser.add_argument(
-        "--password-file", metavar="FILE", help="newcomers say its first line (default: MYCHAT_PASSWORD)"
+        "--rate", type=count, metavar="LINES", help="that a client may say a second (default: no limit)"
     )
-    parser.add_argument("--rate", type=count, metavar="LINES", help="of a client a second (default: no limit)")
     parser.add_argument("--quiet", action="store_true", help="do not show chat lines and names (default: show them)")
     parser.add_argument("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
     parser.add_argument(
