@@ -1503,97 +1503,70 @@ class History:
 
     def __init__(self, lines: int) -> None:
         self._limit = lines
-        self._blocks: collections.deque[tuple[str, bytes, int]] = collections.deque()  # minute, lines, how many
-        self._bytes = 0
-        self._count = 0
+        self._bytes = self._count = 0  # said so far
+        # The minute, what was said in it, and how much had been said at its end.
+        self._blocks: collections.deque[tuple[str, bytes, int, int]] = collections.deque()
 
     def add(self, lines: bytes) -> None:
         """Keep what was said, without notices, and no more before it than may be told."""
         lines = NOTICES.sub(b"", b"\n" + lines)[1:]
         if not lines:
             return
-        minute, count = time.strftime("%H:%M"), lines.count(b"\n")
         self._bytes += len(lines)
-        self._count += count
+        self._count += lines.count(b"\n")
+        minute = time.strftime("%H:%M")
         if self._blocks and self._blocks[-1][0] == minute and len(self._blocks[-1][1]) < HISTORY_BLOCK_BYTES:
-            _, before, count_before = self._blocks.pop()
-            lines, count = before + lines, count_before + count
-        self._blocks.append((minute, lines, count))
-        while self._bytes - len(self._blocks[0][1]) >= HISTORY_BYTES or self._count - self._blocks[0][2] >= self._limit:
-            _, lines, count = self._blocks.popleft()
-            self._bytes -= len(lines)
-            self._count -= count
+            lines = self._blocks.pop()[1] + lines
+        self._blocks.append((minute, lines, self._bytes, self._count))
+        while self._bytes - self._blocks[0][2] >= HISTORY_BYTES or self._count - self._blocks[0][3] >= self._limit:
+            self._blocks.popleft()
 
     def replay(self) -> list[memoryview]:
         """Return the last lines between a heading and an end, the minute before the first of each; or nothing."""
         if not self._blocks:
             return []
-        (minute, lines, _), *others = self._blocks
-        lines = lines.split(b"\n", max(0, self._count - self._limit))[-1]
-        too_long = len(lines) + sum(len(block) for _, block, _ in others) - HISTORY_BYTES
-        if too_long > 0:
-            lines = lines[lines.find(b"\n", too_long - 1) + 1 :]
-        blocks = [(minute, lines, lines.count(b"\n")), *others]
-        told = sum(count for _, _, count in blocks)
-        pieces = [memoryview(f"* the last {told} lines:\n".encode() if told > 1 else b"* the last line:\n")]
-        before = ""
-        for minute, lines, count in blocks:
-            if count and minute != before:
-                pieces.append(memoryview(f"* {minute}\n".encode()))
-                before = minute
-            pieces.append(memoryview(lines))
-        return [*(piece for piece in pieces if piece), memoryview(b"* live from here\n")]
+        blocks = [(minute, lines) for minute, lines, *_ in self._blocks]
+        # Of the oldest block, the last lines: as many as there is room for, perhaps none.
+        (minute, lines), (_, _, bytes_then, count_then) = blocks[0], self._blocks[0]
+        start = max(0, len(lines) - HISTORY_BYTES + self._bytes - bytes_then)
+        lines = lines[(b"\n" + lines).index(b"\n", start) :]
+        lines = b"\n".join((b"\n" + lines).rsplit(b"\n", self._limit - self._count + count_then + 1)[1:])
+        blocks[:1] = [(minute, lines)] if lines else []
+        count = sum(lines.count(b"\n") for _, lines in blocks)
+        told = [f"* the last {count} lines:\n".encode() if count > 1 else b"* the last line:\n"]
+        for minute, of_the_minute in itertools.groupby(blocks, lambda block: block[0]):
+            told += [f"* {minute}\n".encode(), *(lines for _, lines in of_the_minute)]
+        return [memoryview(piece) for piece in (*told, b"* live from here\n")]
 
 
 # --- Discovery: how clients on the same network find this server without an address; a reader may skip it -------------
 
-
-DISCOVERY_GROUP = "239.255.109.99"
 DISCOVERY_PORT = 12000
-QUESTION_BYTES = 128  # of each question, and more than any answer has: nobody can use us to send a third party more
-ANSWERS_A_SECOND = 20  # a class that comes at once finds the server in two seconds
-DATAGRAMS_A_PASS = 16  # read before accepting and outboxes have their turn again
+QUESTION = re.compile(rb"mychat\?1 ([0-9a-f]{16}) {103}")
+QUESTION_BYTES = 128  # more than any answer has: nobody can use us to send a third party more
+ANSWERS_A_SECOND = 20  # to one host: what a rude one asks more is ignored, and takes nothing from others
 DATAGRAMS_A_SECOND = 5_000  # a flood of more is left to the system, which drops it: a few per cent of a processor
 
 
 class Discovery:
     """Answers ``mychatclient.py --lan``, which asks the whole network whether a server is there.
 
-    A question is one UDP datagram of QUESTION_BYTES: ``mychat?1 TOKEN`` and blanks, TOKEN being 16 hexadecimal digits.
-    The answer goes to the asker alone, ``mychat!1 TOKEN ID PORT NAME``: the question's TOKEN, so that nobody answers
-    who has not heard it; a random ID of 16 such digits, made at start, by which one server heard twice is one; the port
-    on which the chat listens; this host's name, of letters, digits, ``.`` and ``-``. Anything else is ignored.
-
-    Questions come to port 12000, the chat's own number, so that a firewall has one number to open; it stays that
-    whatever ``--port`` says, or who asks would have to know. They come to the group 239.255.109.99 ("mc" in ASCII), of
-    the scope that RFC 2365, 6.1 sets aside for one network, which no router passes on, and to the broadcast address,
-    255.255.255.255: some access points and switches lose the one and some the other, and broadcasts are heard on an
-    interface that came up after the start, too.
+    A question is a broadcast UDP datagram of QUESTION_BYTES, ``mychat?1 TOKEN`` and blanks, TOKEN being 16 hexadecimal
+    digits. It comes to port 12000 whatever ``--port`` says, or who asks would have to know. The answer goes to the
+    asker alone, ``mychat!1 TOKEN ID PORT NAME``: the question's TOKEN, so that nobody answers who has not heard it; a
+    random ID of 16 such digits, made at start, by which one server heard twice is one; the port on which the chat
+    listens; this host's name, of letters, digits, ``.`` and ``-``. Anything else is ignored.
     """
 
-    def __init__(self, port: int) -> None:
-        """Tell of a chat on ``port``. Raise OSError when the discovery port cannot be had."""
+    def __init__(self, sock: socket.socket, port: int) -> None:
+        """Tell of a chat on ``port`` who asks by a datagram to this socket."""
         import secrets
 
         name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
+        self._sock = sock
         self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
-        self._answered: collections.deque[tuple[float, bytes, object]] = collections.deque(maxlen=ANSWERS_A_SECOND)
-        self._second, self._count = 0.0, 0  # when the last second began, and how much was read in it
-        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        try:
-            # So that a second server on this machine hears the questions too.
-            if sys.platform == "darwin":
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            else:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._sock.bind(("", DISCOVERY_PORT))
-            self._sock.setblocking(False)
-        except OSError:
-            self._sock.close()
-            raise
-        for index in [index for index, _ in socket.if_nameindex()] if sys.platform == "linux" else [0]:
-            with contextlib.suppress(OSError):  # no multicast there, or too many interfaces: broadcasts are heard
-                self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership(index))
+        # Of the last second: when it began, how much was read in it, and the answers to each host.
+        self._second, self._count, self._answers = 0.0, 0, collections.Counter[str]()
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -1602,55 +1575,43 @@ class Discovery:
     # Runs in the server thread
 
     def answer(self) -> bool:
-        """Read up to DATAGRAMS_A_PASS, and answer the questions among them; return whether to go on. Never blocks."""
+        """Read one datagram, and answer it if it is a question; return whether to go on. Never blocks."""
         now = time.monotonic()
         if now - self._second >= 1.0:
-            self._second, self._count = now, 0
-        for _ in range(DATAGRAMS_A_PASS):
-            self._count += 1
-            try:
-                data, asker = self._sock.recvfrom(QUESTION_BYTES + 1)
-            except BlockingIOError:
-                break
-            except OSError:  # of one datagram: as Windows tells that it is too long, or that an earlier asker has gone
-                continue
-            question = re.fullmatch(rb"mychat\?1 ([0-9a-f]{16}) +", data)
-            if question and len(data) == QUESTION_BYTES and self._may_answer(data, asker, now):
-                with contextlib.suppress(OSError):  # no way back to the asker
-                    self._sock.sendto(b"mychat!1 %s %s" % (question[1], self._fields), asker)
+            self._second, self._count, self._answers = now, 0, collections.Counter()
+        self._count += 1
+        with contextlib.suppress(OSError):  # it is none, or too long for Windows, or there is no way back to the asker
+            data, (host, port) = self._sock.recvfrom(QUESTION_BYTES + 1)
+            question = QUESTION.fullmatch(data)
+            if question and self._answers[host] < ANSWERS_A_SECOND:
+                self._answers[host] += 1
+                self._sock.sendto(b"mychat!1 %s %s" % (question[1], self._fields), (host, port))
         return self._count < DATAGRAMS_A_SECOND
-
-    def _may_answer(self, data: bytes, asker: object, now: float) -> bool:
-        """Note a question; return whether it has no answer yet, and the last second has room for one."""
-        if any((data, asker) == (earlier, who) for _, earlier, who in self._answered):  # by broadcast and by group
-            return False
-        if len(self._answered) == ANSWERS_A_SECOND and now - self._answered[0][0] < 1.0:
-            return False
-        self._answered.append((now, data, asker))
-        return True
 
     def close(self) -> None:
         """Answer no more."""
         self._sock.close()
 
 
-def membership(index: int) -> bytes:
-    """Return the group by the interface of this index: Linux's struct ip_mreqn, ip(7); else by the default route's."""
-    group_and_address = socket.inet_aton(DISCOVERY_GROUP) + bytes(4)
-    return group_and_address + index.to_bytes(4, sys.byteorder) if sys.platform == "linux" else group_and_address
-
-
 def open_discovery(port: int, errors: Writer) -> Discovery | None:
     """Return what answers for a chat on ``port``, or None after saying why there is no such thing."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        return Discovery(port)
+        # So that a second server on this machine hears the questions too.
+        if sys.platform == "darwin":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setblocking(False)
+        sock.bind(("", DISCOVERY_PORT))
     except OSError as error:
+        sock.close()
         errors.say(f"--lan finds no server here: UDP port {DISCOVERY_PORT}: {error.strerror}; others join by address.")
         return None
+    return Discovery(sock, port)
 
 
 # --- Guests: who may come in, and how much each may say; off until asked for, a reader may skip it --------------------
-
 
 DOOR_PLACES = 1_000  # for who has yet to finish the handshake or say the password
 DOOR_READ_BYTES = 512  # at once, before the password
@@ -1660,6 +1621,7 @@ PASSWORD_TRIES = 3  # in so many tries,
 WRONG_SECONDS = 1.0  # each of which costs as much
 BURST_SECONDS = 10  # with --rate, what a client may say at once after a silence: as much as in so many seconds
 PACED_READ_BYTES = 256  # read at once with --rate: what a client may not say yet stays unread
+UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")  # with which Windows' editors begin a file
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
@@ -1673,31 +1635,28 @@ def host_key(address: tuple[str, int]) -> str:
 class Limit:
     """So many clients at once, in all and of one host; None is no limit. Call with the lock held that guards it."""
 
-    def __init__(self, in_all: int | None = None, of_a_host: int | None = None) -> None:
-        self._in_all = in_all
-        self._of_a_host = of_a_host
+    def __init__(self, in_all: int | None, of_a_host: int | None) -> None:
+        self._in_all, self._of_a_host = in_all, of_a_host
         self._count = 0
-        self._by_host: collections.Counter[str] = collections.Counter()  # if that is limited
+        self._by_host: collections.Counter[str] = collections.Counter()
 
     def acquire(self, client: Client) -> None:
         """Take a place for ``client``; raise Refused when there is none."""
-        if self._in_all is not None and self._count >= self._in_all:
+        host = host_key(client.address)
+        if self._count == self._in_all:
             raise Refused(f"server full: {self._count} of {self._in_all} clients")
-        if self._of_a_host is not None:
-            host = host_key(client.address)
-            if self._by_host[host] >= self._of_a_host:
-                raise Refused(f"too many from your address: {self._by_host[host]} of {self._of_a_host} clients")
-            self._by_host[host] += 1
+        if self._by_host[host] == self._of_a_host:
+            raise Refused(f"too many from your address: {self._of_a_host} of {self._of_a_host} clients")
         self._count += 1
+        self._by_host[host] += 1
 
     def release(self, client: Client) -> None:
         """Give back the place that ``client`` has."""
+        host = host_key(client.address)
         self._count -= 1
-        if self._of_a_host is not None:
-            host = host_key(client.address)
-            self._by_host[host] -= 1
-            if not self._by_host[host]:  # or hosts that came once would be kept for ever
-                del self._by_host[host]
+        self._by_host[host] -= 1
+        if not self._by_host[host]:  # or hosts that came once would be kept for ever
+            del self._by_host[host]
 
 
 class Guests:
@@ -1709,22 +1668,15 @@ class Guests:
         self.certificate = certificate  # the file, with TLS
         self.have_door = bool(password or certificate)  # where newcomers wait
         self._rate = rate  # lines a second
-        if password:
-            import hmac  # here, or the first who enters would pay for it: see Work
-
-            self._is_same = hmac.compare_digest
         # Guards what follows. No other lock but a client's own is taken inside.
         self._door_lock = threading.Lock()
-        self._at_door: dict[str, dict[Client, None]] = {}  # by host, the oldest first
+        self._at_door: dict[Client, str] = {}  # and their hosts, the oldest first
 
     # Runs in the server thread
 
     def are_allowed_from(self, host: str) -> bool:
         """Return whether somebody may connect from the address ``host``."""
-        if not self.networks:
-            return True
-        address = ipaddress.ip_address(host.partition("%")[0])  # a link-local address has its interface behind it
-        return any(address in network for network in self.networks)
+        return not self.networks or any(ipaddress.ip_address(host) in network for network in self.networks)
 
     # Runs in the handler thread
 
@@ -1733,37 +1685,33 @@ class Guests:
 
         With either it takes a place at the door. Blocks as ``Client.shake_hands`` does. Raises OSError, Refused.
         """
-        client.read_bytes = PACED_READ_BYTES if self._rate else READ_BYTES
-        if not self.have_door:
+        if self.have_door:
+            self._enter_door(client)
+            client.shake_hands(HANDSHAKE_SECONDS)
+        if not self.password:
+            self.leave_door(client)
             return None
-        self._enter_door(client)
-        client.shake_hands(HANDSHAKE_SECONDS)
-        return Gate(client, self._is_password) if self.password else None
-
-    def _is_password(self, line: bytes) -> bool:
-        return self._is_same(line, self.password) or self._is_same(TELNET.sub(b"", line), self.password)
+        client.read_bytes = DOOR_READ_BYTES
+        client.deadline = Deadline(PASSWORD_SECONDS)
+        return Gate(client, self.password)
 
     def _enter_door(self, client: Client) -> None:
         """Take a place at the door; if all are taken, that of the oldest of the host which has the most."""
         with self._door_lock:
-            if sum(map(len, self._at_door.values())) >= DOOR_PLACES:
-                crowd = max(self._at_door.values(), key=len)
-                oldest = next(iter(crowd))
-                del crowd[oldest]
+            if len(self._at_door) >= DOOR_PLACES:
+                ((crowd, _),) = collections.Counter(self._at_door.values()).most_common(1)
+                oldest = next(waiting for waiting, host in self._at_door.items() if host == crowd)
+                del self._at_door[oldest]
                 oldest.say(f"* refused: {CROWDED}")
                 oldest.evict()
-            self._at_door.setdefault(host_key(client.address), {})[client] = None
+            self._at_door[client] = host_key(client.address)
 
     def leave_door(self, client: Client) -> None:
-        """Give up the place at the door, if ``client`` has one."""
-        if not self.have_door:
-            return
-        host = host_key(client.address)
+        """Give up the place at the door, if ``client`` has one, and with it the deadline."""
         with self._door_lock:
-            waiting = self._at_door.get(host, {})
-            waiting.pop(client, None)
-            if not waiting:
-                self._at_door.pop(host, None)
+            self._at_door.pop(client, None)
+        client.deadline = None
+        client.read_bytes = PACED_READ_BYTES if self._rate else READ_BYTES
 
     def new_pace(self) -> Pace | None:
         """Return what holds one client to the pace that it may have; None if it may say what it likes."""
@@ -1773,14 +1721,13 @@ class Guests:
 class Gate:
     """Asks one client for the password, before anything else is heard or said. Runs in its handler."""
 
-    def __init__(self, client: Client, is_password: Callable[[bytes], bool]) -> None:
+    def __init__(self, client: Client, password: bytes) -> None:
+        import hmac
+
         self._client = client
-        self._is_password = is_password
+        self._is_password = functools.partial(hmac.compare_digest, password)
         self._name = b""  # the line with which it has asked for a name
-        self._tries = 0
-        self._read_bytes_after = client.read_bytes
-        client.read_bytes = DOOR_READ_BYTES
-        client.deadline = Deadline(PASSWORD_SECONDS)
+        self._tries_left = PASSWORD_TRIES
         client.say("* password?")
 
     def rest_after_password(self, block: bytes, too_long: bool) -> bytes | None:
@@ -1788,15 +1735,14 @@ class Gate:
 
         Each wrong line costs WRONG_SECONDS. Raises Refused after too many, Quit when the client leaves.
         """
-        for found in re.finditer(rb"([^\n]*)\n", block):
-            line = found[1]
+        while block:
+            line, _, block = block.partition(b"\n")
+            line = TELNET.sub(b"", line)
             if self._is_password(line):
-                self._client.deadline = None
-                self._client.read_bytes = self._read_bytes_after
                 self._client.say("* password accepted")
-                return self._name + block[found.end() :]
+                return self._name + block
             if not self._name and re.match(rb"[\t ]*/(?i:nick)[\t ]", line):
-                self._name = line[: UNCOMPOSED_CHARACTERS * 4] + b"\n"  # more is no name
+                self._name = line[:DOOR_READ_BYTES] + b"\n"  # more is no name
             elif line.strip(b"\t ").lower() in (b"exit", b"/exit", b"/quit"):
                 raise Quit
             else:
@@ -1814,48 +1760,38 @@ class Gate:
 
     def _count_wrong(self) -> None:
         time.sleep(WRONG_SECONDS)  # so that guessing takes its time
-        self._tries += 1
-        if self._tries == PASSWORD_TRIES:
+        self._tries_left -= 1
+        if not self._tries_left:
             raise Refused("wrong password")
         self._client.say("* wrong password")
 
 
 class Pace:
-    """A token bucket: a token for each line that is read; ``rate`` a second, those of BURST_SECONDS at once."""
+    """Holds one client to ``rate`` lines a second, those of BURST_SECONDS at once."""
 
     def __init__(self, rate: int) -> None:
-        self._rate = rate
-        self._tokens = float(rate * BURST_SECONDS)
-        self._then = time.monotonic()  # when that was so
+        self._seconds = 1 / rate  # of each line
+        self._due = time.monotonic() - BURST_SECONDS  # when what was said so far would have been said at this rate
 
     def parts(self, block: bytes, too_long: bool) -> list[bytes]:
         """Return what is paid for one by one: the lines, one that was too long among them."""
         return [*re.findall(rb"[^\n]*\n", block), *([b""] if too_long else [])]
 
     def wait(self, client: Client) -> bool:
-        """Block until there is a token, and take it; return whether that was before ``client`` was gone."""
-        while not client.gone:
-            now = time.monotonic()
-            self._tokens = min(self._rate * BURST_SECONDS, self._tokens + (now - self._then) * self._rate)
-            self._then = now
-            if self._tokens >= 1:
-                self._tokens -= 1
-                return True
-            time.sleep((1 - self._tokens) / self._rate)
-        return False
+        """Block until a line may be said; return whether ``client`` is still there."""
+        self._due = max(self._due, time.monotonic() - BURST_SECONDS) + self._seconds
+        while not client.gone and (seconds := self._due - time.monotonic()) > 0:
+            time.sleep(seconds)
+        return not client.gone
 
 
 def network(text: str) -> Network:
     """Return ``text`` as a network; raise what argparse turns into a usage error."""
     try:
-        found = ipaddress.ip_network(text, strict=False)
+        return ipaddress.ip_network(text, strict=False)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a network: 192.168.1.0/24, 2001:db8::/32, 10.0.0.7"
-        ) from None
-    mapped = found.network_address.ipv4_mapped if isinstance(found, ipaddress.IPv6Network) else None
-    # An IPv4 address that came over IPv6 counts as itself, and so does a network of them.
-    return ipaddress.ip_network((mapped, found.prefixlen - 96)) if mapped and found.prefixlen >= 96 else found
+        problem = f"{text!r} is not a network: 192.168.1.0/24, 2001:db8::/32, 10.0.0.7"
+        raise argparse.ArgumentTypeError(problem) from None
 
 
 def password_from(path: str | None) -> bytes:
@@ -1863,21 +1799,25 @@ def password_from(path: str | None) -> bytes:
 
     Raises Unusable.
     """
-    password, source = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape"), "MYCHAT_PASSWORD"
-    if path is not None:
-        source = path
+    if path is None:
+        password, path = os.environ.get("MYCHAT_PASSWORD", "").encode("utf-8", "surrogateescape"), "MYCHAT_PASSWORD"
+        if not password:
+            return b""
+    else:
         try:
             with open(path, "rb", buffering=0) as file:  # no more than the line, if it is standard input
-                password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
+                password = file.readline(MAX_LINE_BYTES + len(UTF8_MARK) + 3)
         except OSError as error:
             raise Unusable(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
-    if b"\n" in password or b"\r" in password or len(password) > MAX_LINE_BYTES or (path is not None and not password):
-        raise Unusable(f"{source} holds no password: that is one line of 1 to {MAX_LINE_BYTES} bytes, the first.")
+        if password.startswith(UTF16_MARKS):
+            raise Unusable(f"{path} is in UTF-16, as Windows' Unicode: save it as UTF-8.")
+        password = password.removeprefix(UTF8_MARK).removesuffix(b"\n").removesuffix(b"\r")
+    if not re.fullmatch(rb"[^\r\n]+", password) or len(password) > MAX_LINE_BYTES:
+        raise Unusable(f"{path} holds no password: that is one line of 1 to {MAX_LINE_BYTES} bytes, the first.")
     return password
 
 
 # --- TLS: the same chat encrypted, for who asks for it with --tls-cert; else nothing of this runs ---------------------
-
 
 HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
 TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
@@ -1889,41 +1829,20 @@ def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
     try:
         import ssl
     except ImportError:
-        raise Unusable(
-            "This Python has no ssl module, so no TLS: use another Python, or leave --tls-cert out."
-        ) from None
+        problem = "This Python has no ssl module, so no TLS: use another Python, or leave --tls-cert out."
+        raise Unusable(problem) from None
 
-    def no_password() -> str:
-        raise Unusable(
-            f"The key in {key or certificate} has a pass phrase: take it off (openssl pkey -in OLD -out NEW)."
-        )
-
-    for option, path, mark in (
-        ("--tls-cert", certificate, b"-----BEGIN CERTIFICATE-----"),
-        ("--tls-key" if key else "--tls-cert", key or certificate, b"PRIVATE KEY-----"),
-    ):
-        try:
-            with open(path, "rb") as file:
-                is_there = mark in file.read()
-        except OSError as error:
-            raise Unusable(f"Cannot read {path}: {error.strerror}; give {option} a PEM file.") from None
-        if not is_there:
-            what = "certificate" if mark.endswith(b"CERTIFICATE-----") else "private key"
-            or_key = "" if key or what == "certificate" else ", or --tls-key the key's"
-            raise Unusable(f"There is no {what} in {path}: give {option} a PEM file that has one{or_key}.")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # as newer libraries have it anyway
     # Who sends and closes without reading would find the tickets unread, and reset what it has sent. Nobody resumes.
     context.num_tickets = 0
     try:
-        context.load_cert_chain(certificate, key, no_password)
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            raise Unusable(
-                f"The key in {key or certificate} is not that of {certificate}: give the two together."
-            ) from None
-        raise Unusable(f"Cannot use {certificate}: {error.reason}; make a new one as the README tells.") from None
+        context.load_cert_chain(certificate, key, lambda: "")
+    except OSError as error:  # of the library too
+        files = f"{certificate} with {key}" if key else certificate
+        needed = "a certificate and its key without a pass phrase, in PEM, the key in --tls-key's file or in the same"
+        raise Unusable(f"Cannot use {files}: {error.strerror}; --tls-cert needs {needed}.") from None
     return context
 
 
@@ -1966,8 +1885,7 @@ class Codec:
         Raises Refused for a peer that does not speak TLS, OSError for one that does so wrongly, slowly, or is gone.
         """
         # With TLS the client speaks first: one that says nothing is as plain as one that says something else.
-        is_silent = not ready(sock, selectors.EVENT_READ, deadline.left())
-        if is_silent or sock.recv(1, socket.MSG_PEEK) != TLS_HELLO[:1]:
+        if not ready(sock, selectors.EVENT_READ, deadline.left()) or sock.recv(1, socket.MSG_PEEK) != TLS_HELLO[:1]:
             raise Refused("this server speaks TLS: join with mychatclient.py --tls")
         while not self.is_ready:
             if not ready(sock, selectors.EVENT_READ, deadline.left()):
@@ -1977,10 +1895,9 @@ class Codec:
                 raise ConnectionResetError
             self._received.write(data)
             try:
-                self._tls.do_handshake()
-                self.is_ready = True
-            except self._wants_more:
-                pass
+                with contextlib.suppress(self._wants_more):
+                    self._tls.do_handshake()
+                    self.is_ready = True
             finally:
                 sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
         self.early = self._text()
@@ -2457,11 +2374,15 @@ def resolve_link_options(parser: argparse.ArgumentParser, options: argparse.Name
 
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
 
-
-EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - to listen on only if asked for
+EVERY_IPV4, EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - to listen on only if asked for
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
 WRITER_SECONDS = 0.4  # in which the last lines must be shown and logged when the server stops
+LISTENING_PROBLEMS = {
+    errno.EADDRINUSE: "Port {port} is taken: a server may be running there already; choose another with --port.",
+    errno.EADDRNOTAVAIL: "{host} is not an address of this machine: give --host one that is, or 0.0.0.0 for all.",
+    errno.EACCES: "No permission to listen on port {port}: choose one from 1024 up with --port.",
+}
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -2469,15 +2390,15 @@ def open_listener(host: str, port: int) -> socket.socket:
 
     Raises OSError, and UnicodeError for what cannot be a name.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind)
     try:
         if sys.platform == "win32":  # where SO_REUSEADDR would let a second server take the port over
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:  # "::" is every address, of IPv4 too; any other is itself alone
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != EVERY_ADDRESS)
         listener.bind(address)
         listener.listen(LISTEN_QUEUE)
         listener.setblocking(False)
@@ -2487,15 +2408,13 @@ def open_listener(host: str, port: int) -> socket.socket:
     return listener
 
 
-def open_listener_everywhere(port: int) -> socket.socket:
-    """Return a socket that listens on all addresses: of IPv4 alone where the system has no socket for both."""
-    ipv4, both = EVERY_ADDRESS
-    try:
-        return open_listener(both, port)
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise
-        return open_listener(ipv4, port)
+def listening_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
+    """Return one sentence that says why the server cannot listen, and what to do."""
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"Unknown host {host!r}: give --host an address of this machine; a port goes to --port."
+    if error.errno in LISTENING_PROBLEMS:
+        return LISTENING_PROBLEMS[error.errno].format(host=host, port=port)
+    return f"Cannot listen on {host} port {port}: {error.strerror}; choose another with --host or --port."
 
 
 def plain_address(address: tuple[str, int]) -> tuple[str, int]:
@@ -2506,50 +2425,50 @@ def plain_address(address: tuple[str, int]) -> tuple[str, int]:
 
 def addresses_for_others(host: str) -> list[str]:
     """Return the addresses that other machines may reach a server by that listens on ``host``, likeliest first."""
-    if host not in EVERY_ADDRESS:
+    if host not in (EVERY_IPV4, EVERY_ADDRESS):
         return [host]
-    found = []
     # Connecting a datagram socket sends nothing; it asks for the route. The targets are for documentation only:
     # RFC 5737 and RFC 3849.
-    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:  # no such route
-            asking.connect((target, 9))
-            found.append(asking.getsockname()[0])
-    if not found and sys.platform == "linux":  # no way out of this network: the way to everybody by each interface
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-                asking.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-                asking.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
-                asking.connect(("255.255.255.255", 9))
-                found.append(asking.getsockname()[0])
+    found = [own_address(socket.AF_INET, "192.0.2.1"), own_address(socket.AF_INET6, "2001:db8::1")]
+    if not any(found) and sys.platform == "linux":  # no way out of this network: the way to everybody by each interface
+        found = [own_address(socket.AF_INET, "255.255.255.255", name) for _, name in socket.if_nameindex()]
     with contextlib.suppress(OSError, UnicodeError):  # the machine does not know its own name, or it is none
         found += [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)]
-    parsed = [ipaddress.ip_address(address) for address in dict.fromkeys(found)]
-    usable = [
-        one for one in parsed if not (one.is_loopback or one.is_unspecified) and (host == "::" or one.version == 4)
-    ]
+    usable = [ipaddress.ip_address(address) for address in dict.fromkeys(found) if address]
+    usable = [one for one in usable if not (one.is_loopback or one.is_unspecified)]
     # An address of this link alone helps when there is no other; an IPv6 one would need an interface of the reader's.
-    routed = [str(one) for one in usable if not one.is_link_local]
+    routed = [str(one) for one in usable if not one.is_link_local and (host == EVERY_ADDRESS or one.version == 4)]
     return routed or [str(one) for one in usable if one.version == 4]
+
+
+def own_address(family: int, target: str, interface: str = "") -> str:
+    """Return the address of this machine on the way to ``target``, on Linux by one interface; "" without a way."""
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:
+        if interface and sys.platform == "linux":
+            asking.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            asking.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        asking.connect((target, 9))
+        return str(asking.getsockname()[0])
+    return ""
 
 
 def say_where(console: Writer, errors: Writer, listener: socket.socket, guests: Guests, lan: bool, found: bool) -> None:
     """Show where the server listens, and how others can join if they can: also by ``--lan`` if it can be found."""
     host, port, *rest = listener.getsockname()
-    if len(rest) == 2 and rest[1] and "%" not in host:  # a link-local address is nothing without its interface
-        host += f"%{socket.if_indextoname(rest[1])}"
+    if any(rest):  # a link-local address is nothing without its interface
+        host += f"%{socket.if_indextoname(rest[-1])}"
     console.say(f"Server listening on {f'[{host}]' if ':' in host else host}:{port}")
-    if not ipaddress.ip_address(host).is_loopback:
-        if guests.password and not guests.certificate:
-            errors.say("The password, and all that is said, crosses the network unencrypted: --tls-cert encrypts it.")
-        elif not guests.password:
-            who = "Anyone from the networks of --allow" if guests.networks else "Anyone who can reach this server"
-            way_back = "without --lan the chat stays" if lan else "--host 127.0.0.1 keeps the chat"
-            errors.say(f"{who} can join: {way_back} on this machine, --password-file asks for a password.")
-        # A thread, because the system may take its time to look up this machine's name.
-        threading.Thread(
-            target=say_how_to_join, args=(console, host, port, found, guests.certificate), daemon=True
-        ).start()
+    if ipaddress.ip_address(host).is_loopback:
+        return
+    if guests.password and not guests.certificate:
+        errors.say("The password, and all that is said, crosses the network unencrypted: --tls-cert encrypts it.")
+    elif not guests.password:
+        who = "from the networks of --allow" if guests.networks else "who can reach this server"
+        way_back = f"without {'--lan' if lan else '--host'} the chat stays on this machine"
+        errors.say(f"Anyone {who} can join: {way_back}, --password-file asks for a password.")
+    # A thread, because the system may take its time to look up this machine's name.
+    arguments = console, host, port, found, guests.certificate
+    threading.Thread(target=say_how_to_join, args=arguments, daemon=True).start()
 
 
 def say_how_to_join(console: Writer, host: str, port: int, found: bool, certificate: str | None) -> None:
@@ -2562,21 +2481,8 @@ def say_how_to_join(console: Writer, host: str, port: int, found: bool, certific
     for name in names or others:
         own = " (with the interface on your side behind the %)" if "%" in name else ""
         console.say(f"{command} {name}{'' if port == DEFAULT_PORT else f' {port}'}{own}")
-    if not others:
+    if not names and not others:
         console.say("No address was found that others could join by: is this machine on a network?")
-
-
-def listening_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
-    """Return one sentence that says why the server cannot listen, and what to do."""
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {host!r}: give --host an address of this machine; a port goes to --port."
-    if error.errno == errno.EADDRINUSE:
-        return f"Port {port} is taken: a server may be running there already; choose another with --port."
-    if error.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is not an address of this machine: give --host one that is, or 0.0.0.0 for all of them."
-    if error.errno == errno.EACCES:
-        return f"No permission to listen on port {port}: choose one from 1024 up with --port."
-    return f"Cannot listen on {host} port {port}: {error.strerror}; choose another with --host or --port."
 
 
 def warn(text: str) -> None:
@@ -2604,10 +2510,12 @@ def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
     """Return a function for a Writer that appends to a file, the time before each line, and tells of what goes wrong.
 
     The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over. Raises
-    OSError when nothing can be appended now.
+    Unusable when it cannot be opened now.
     """
-    with open(path, "ab"):
-        pass
+    try:
+        open(path, "ab", opener=open_at_once).close()
+    except OSError as error:
+        raise Unusable(f"Cannot write to {path}: {error.strerror}; give --log another file.") from None
     lines_lost = 0  # since it went wrong
 
     def write(text: bytes) -> None:
@@ -2615,7 +2523,7 @@ def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds").encode() + b" "
         rest = memoryview(now + text[:-1].replace(b"\n", b"\n" + now) + b"\n")
         try:
-            with open(path, "ab", buffering=0) as file:
+            with open(path, "ab", buffering=0, opener=open_at_once) as file:
                 while rest:
                     rest = rest[file.write(rest) :]
         except OSError as error:
@@ -2628,6 +2536,15 @@ def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
             lines_lost = 0
 
     return write
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """Open like ``os.open``, but raise OSError for a FIFO that nobody reads, rather than wait for somebody."""
+    if sys.platform == "win32":
+        return os.open(path, flags)
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def open_missing_descriptors() -> None:
@@ -2670,54 +2587,83 @@ def number(least: int, most: int) -> Callable[[str], int]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
+    count = number(1, 1_000_000)
     parser = DiscreetParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
-    option = parser.add_argument
-    where = parser.add_mutually_exclusive_group().add_argument
-    where("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
-    where("--lan", action="store_true", help="listen on all addresses and be found by clients (default: off)")
-    option("--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
-    option("--max-clients", type=number(1, 1_000_000), metavar="N", help="so many at once (default: no limit)")
-    option("--max-per-host", type=number(1, 1_000_000), metavar="N", help="so many from one host (default: no limit)")
-    option(
+    address = parser.add_mutually_exclusive_group()
+    address.add_argument("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
+    address.add_argument("--lan", action="store_true", help="listen on all addresses and be found (default: off)")
+    parser.add_argument(
+        "--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0: a free one (default: %(default)s)"
+    )
+    parser.add_argument("--max-clients", type=count, metavar="N", help="so many at once (default: no limit)")
+    parser.add_argument("--max-per-host", type=count, metavar="N", help="so many from one host (default: no limit)")
+    parser.add_argument(
         "--allow",
         type=network,
         action="append",
-        default=[],
         metavar="NETWORK",
-        help="let in only who comes from there; may be repeated (default: from anywhere)",
+        help="let in who comes from there alone (default: all)",
     )
-    option(
-        "--password-file",
-        metavar="FILE",
-        help="ask newcomers for what its first line is (default: MYCHAT_PASSWORD, or do not ask)",
+    parser.add_argument("--password-file", metavar="FILE", help="what newcomers must say (default: MYCHAT_PASSWORD)")
+    parser.add_argument(
+        "--rate", type=count, metavar="LINES", help="that a client may say a second (default: no limit)"
     )
-    option(
-        "--rate",
-        type=number(1, 1_000_000),
-        metavar="LINES",
-        help="what one client may say a second, ten times that at once (default: no limit)",
+    parser.add_argument("--quiet", action="store_true", help="do not show chat lines and names (default: show them)")
+    parser.add_argument("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
+    parser.add_argument(
+        "--history", type=number(0, 1_000_000), default=0, metavar="N", help="tell newcomers N lines (default: 0)"
     )
-    option("--quiet", action="store_true", help="do not show chat lines and names here (default: show them)")
-    option("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
-    option(
-        "--history",
-        type=number(0, 1_000_000),
-        default=0,
-        metavar="N",
-        help="tell newcomers the last N lines (default: 0)",
-    )
-    option("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
-    option("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
-    option("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
-    option("--version", action="version", version=f"mychatserver {__version__}")
+    parser.add_argument("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
+    parser.add_argument("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
+    parser.add_argument("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
+    parser.add_argument("--version", action="version", version=f"mychatserver {__version__}")
     add_link_options(parser)
     options = parser.parse_args(argv)
     resolve_link_options(parser, options)
     if options.tls_key is not None and options.tls_cert is None:
         parser.error("--tls-key is the key of a certificate: give --tls-cert too")
+    if options.lan:
+        options.host = EVERY_ADDRESS if socket.has_dualstack_ipv6() else EVERY_IPV4
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
         options.host = options.host[1:-1]
     return options
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Run the server with these options until it is stopped; return the exit status. Raises Unusable."""
+    context = tls_context(options.tls_cert, options.tls_key) if options.tls_cert is not None else None
+    guests = Guests(options.allow or [], password_from(options.password_file), options.rate, options.tls_cert)
+    try:
+        listener = open_listener(options.host, options.port)
+    except (OSError, UnicodeError) as error:
+        raise Unusable(listening_problem(error, options.host, options.port)) from None
+    console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
+    log = Writer("log", write_to_log(options.log, errors), "not written") if options.log is not None else None
+    room = Room(
+        console,
+        log,
+        Limit(options.max_clients, options.max_per_host) if options.max_clients or options.max_per_host else None,
+        options.quiet,
+        options.announce,
+        History(options.history) if options.history else None,
+        shares_bytes=context is None,
+    )
+    link = Link(room, console, errors, options) if options.nats else None
+    discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
+    say_where(console, errors, listener, guests, options.lan, discovery is not None)
+    if link:
+        link.start()
+    threading.stack_size(STACK_BYTES)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    new_codec = functools.partial(Codec, context) if context else None
+    status = Server(listener, room, console, errors, guests, discovery, new_codec).run()
+    writers = [writer for writer in (log, console, errors, link) if writer]
+    for writer in writers:
+        writer.close()
+    deadline = Deadline(WRITER_SECONDS)
+    for writer in writers:
+        writer.join(deadline.left())
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2729,59 +2675,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         options = parse_args(argv)
         raise_descriptor_limit()
-        new_codec = None
-        if options.tls_cert is not None:
-            new_codec = functools.partial(Codec, tls_context(options.tls_cert, options.tls_key))
-        password = password_from(options.password_file)
-        guests = Guests(options.allow, password, options.rate, options.tls_cert)
-        try:
-            if options.lan:
-                listener = open_listener_everywhere(options.port)
-            else:
-                listener = open_listener(options.host, options.port)
-        except (OSError, UnicodeError) as error:
-            warn(listening_problem(error, options.host, options.port))
-            return 1
-        console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
-        writers: list[Writer] = [console, errors]
-        log = None
-        if options.log is not None:
-            try:
-                log = Writer("log", write_to_log(options.log, errors), "not written")
-            except OSError as error:
-                warn(f"Cannot write to {options.log}: {error.strerror}; give --log another file.")
-                return 1
-            writers.insert(0, log)
-        room = Room(
-            console,
-            log,
-            Limit(options.max_clients, options.max_per_host) if options.max_clients or options.max_per_host else None,
-            options.quiet,
-            options.announce,
-            History(options.history) if options.history else None,
-            shares_bytes=options.tls_cert is None,
-        )
-        link = Link(room, console, errors, options) if options.nats else None
-        if link:
-            writers.append(link)
-        discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
-        say_where(console, errors, listener, guests, options.lan, discovery is not None)
-        if link:
-            link.start()
-        threading.stack_size(STACK_BYTES)
-        sys.setswitchinterval(SWITCH_SECONDS)
-        status = Server(listener, room, console, errors, guests, discovery, new_codec).run()
-        for writer in writers:
-            writer.close()
-        deadline = Deadline(WRITER_SECONDS)
-        for writer in writers:
-            writer.join(deadline.left())
+        return serve(options)
     except Unusable as problem:
         warn(str(problem))
         return 1
     except KeyboardInterrupt:  # before the server thread could see to it
         return 0
-    return status
 
 
 if __name__ == "__main__":

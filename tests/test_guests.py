@@ -121,7 +121,6 @@ class Addresses(Guests):
         for text, inside, outside in (
             ("192.168.1.7/24", "192.168.1.200", "192.168.2.1"),
             ("10.0.0.7", "10.0.0.7", "10.0.0.8"),
-            ("::ffff:10.0.0.0/104", "10.200.0.1", "11.0.0.1"),
             ("2001:db8::/32", "2001:db8:1::1", "10.0.0.1"),
             ("fe80::/10", "fe80::1%lo", "fec0::1"),
         ):
@@ -287,6 +286,18 @@ class Passwords(Guests):
                 self.assertRegex(running.errors(), r"^\S+ holds no password: .*\n$")
             with Program(sys.executable, program, "--passwor", "x") as running:  # no abbreviations
                 self.assertEqual(running.wait(), 2)
+
+    def test_a_password_file_of_a_windows_editor(self) -> None:
+        """In UTF-8 its mark is no part of the password; in UTF-16 a sentence says what to do."""
+        self.file.write_text(f"{SECRET}\r\n", encoding="utf-8-sig", newline="")
+        guest = self.connect(self.ask())
+        guest.say(SECRET)
+        guest.expect(QUESTION, ACCEPTED)
+        for form in ("utf-16-le", "utf-16-be"):
+            self.file.write_text(f"\ufeff{SECRET}\r\n", encoding=form, newline="")
+            with Program(sys.executable, SERVER, "--password-file", str(self.file)) as program:
+                self.assertEqual(program.wait(), 1)
+                self.assertRegex(program.errors(), r"^\S+ is in UTF-16, [^\n]*: save it as UTF-8\.\n$")
 
     def test_a_password_beyond_this_machine_without_encryption_is_warned_of(self) -> None:
         server = self.serve("--host", "0.0.0.0", "--password-file", str(self.file))

@@ -192,6 +192,21 @@ class LogTests(TestCase):
                 self.assertEqual(program.wait(), 1)
                 self.assertRegex(program.errors(), r"^Cannot write to \S+: [^\n]+; give --log another file\.\n$")
 
+    def test_a_fifo_is_a_log_as_long_as_somebody_reads_it(self) -> None:
+        """Without a reader the server says so, at its start and later, and waits for nobody."""
+        os.mkfifo(self.path)
+        with Program(sys.executable, SERVER, "--port", "0", "--log", str(self.path)) as program:
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), r"^Cannot write to \S+: [^\n]+; give --log another file\.\n$")
+        reader = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        with Server("--log", str(self.path)) as server, open(reader, "rb", buffering=0) as log:
+            with server.peer() as ann:
+                self.assertIn(f"* {ann.label} joined\n".encode(), eventually(lambda: log.read(1_000)))
+                log.close()
+                ann.say("unread")
+                eventually(lambda: "the chat goes on without a log" in server.errors())
+            self.assertEqual(server.stop(), 0)
+
     def test_rename_and_deletion_lose_no_line(self) -> None:
         """At two thousand lines a second, each is in one file or the other."""
         with Server("--log", str(self.path), "--quiet") as server, server.peer() as ann:

@@ -170,8 +170,7 @@ class Discovery(unittest.TestCase):
     @example(b"mychat?1 0123456789abcdef".ljust(128))
     def test_only_a_question_gets_an_answer_and_that_is_shorter(self, data: bytes) -> None:
         self.sock.reset_mock()
-        with mock.patch("socket.socket", return_value=self.sock):
-            discovery = mychatserver.Discovery(54_321)
+        discovery = mychatserver.Discovery(self.sock, 54_321)
         self.sock.recvfrom.side_effect = [(data, ("10.0.0.1", 9)), BlockingIOError]
         discovery.answer()
         answers = [call.args for call in self.sock.sendto.call_args_list]
