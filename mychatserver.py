@@ -1242,7 +1242,7 @@ class Server:
         # Python writes the signal's number into this socket as it comes, so the server thread need not look for it.
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, lambda *_: None)
         thread = threading.Thread(target=self._serve, name="server")
         thread.start()
