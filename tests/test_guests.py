@@ -289,12 +289,12 @@ class Passwords(Guests):
 
     def test_a_password_file_of_a_windows_editor(self) -> None:
         """In UTF-8 its mark is no part of the password; in UTF-16 a sentence says what to do."""
-        self.file.write_text(f"{SECRET}\r\n", encoding="utf-8-sig", newline="")
+        self.file.write_bytes(f"{SECRET}\r\n".encode("utf-8-sig"))
         guest = self.connect(self.ask())
         guest.say(SECRET)
         guest.expect(QUESTION, ACCEPTED)
         for form in ("utf-16-le", "utf-16-be"):
-            self.file.write_text(f"\ufeff{SECRET}\r\n", encoding=form, newline="")
+            self.file.write_bytes(f"\ufeff{SECRET}\r\n".encode(form))
             with Program(sys.executable, SERVER, "--password-file", str(self.file)) as program:
                 self.assertEqual(program.wait(), 1)
                 self.assertRegex(program.errors(), r"^\S+ is in UTF-16, [^\n]*: save it as UTF-8\.\n$")
