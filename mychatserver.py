@@ -2152,8 +2152,7 @@ class Link(Writer):
         self._may_speak = threading.Event()  # there is a link, and the other servers have had time for theirs
         # The asyncio thread changes what follows; others look.
         self._nats: Any = None  # the library's client: it connects again by itself, to any node of a cluster
-        self._is_linked = True
-        self._patience = Deadline(0)  # in which the library may connect again
+        self._patience: Deadline | None = None  # while there is no link: in which the library may find one
         self._connections = 1
         self._sending: asyncio.Task[None] | None = None
         self._problems: set[str] = set()  # told since there was a link
@@ -2276,7 +2275,7 @@ class Link(Writer):
         while True:
             await asyncio.sleep(LINK_SIGN_SECONDS)
             await self._on_disconnected()  # the library may wait for a NATS that is stopped before it says so
-            if self._is_linked:
+            if not self._patience:
                 await self._nats.publish(self._subject())
             elif self._nats.is_closed or not self._patience.left():
                 self._run_soon(self._nats.close())  # it may never end
@@ -2287,12 +2286,11 @@ class Link(Writer):
                     self._tell(str(problem))
 
     async def _on_disconnected(self) -> None:
-        """Have people told, and nothing sent. Does nothing while there is a connection, and when it is known."""
-        if not self._is_linked or self._nats.is_connected:
+        """Have people told, and nothing sent, unless that is known, or there is a connection: a new client's."""
+        if self._patience or self._nats.is_connected:
             return
-        self._is_linked = False
-        self._may_speak.clear()
         self._patience = Deadline(LINK_GIVE_UP_SECONDS)
+        self._may_speak.clear()
         self._nats._pending.clear()  # what is not sent by now counts as not sent
         if self._sending:
             self._sending.cancel()  # the library would wait for an answer for ever
@@ -2303,18 +2301,18 @@ class Link(Writer):
         import asyncio
 
         self._connections += 1
-        self._is_linked = True
+        self._patience = None
         self._problems.clear()
         self._arrivals.say("* link restored")
         await asyncio.sleep(LINK_PAUSE_SECONDS)
-        if self._is_linked:
+        if not self._patience:
             self._may_speak.set()
 
     async def _send(self, lines: bytes) -> None:
         """Publish lines; return when NATS has confirmed that. Is cancelled when the link is lost."""
         import asyncio
 
-        if not self._is_linked:
+        if self._patience:
             raise ConnectionError
         self._sending = asyncio.current_task()
         await self._nats.publish(self._subject(), lines)

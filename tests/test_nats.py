@@ -1115,6 +1115,16 @@ class Beginnings(TestCase):
                 self.assertEqual(mychatserver.parse_args(["--nats", "nats://a"]).server_name, name)
 
 
+# In a server: sockets take little of what is sent, so that it waits in the library.
+SMALL_BUFFERS = """
+class Small(socket.socket):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_192)
+socket.socket = Small
+"""
+
+
 @NEEDS_LIBRARY
 class FalseNats(TestCase):
     def test_what_a_false_nats_does_stops_no_local_chat(self) -> None:
@@ -1143,6 +1153,52 @@ class FalseNats(TestCase):
                 cid.say("Hi!")
                 bob.expect(f"{cid.label}:Hi!")
             oslo.stop()
+
+    def test_what_the_library_does_not_bear_is_begun_anew(self) -> None:
+        """An error that ends it for good, an answer that is no NATS's when it comes again, one that never reads."""
+        connections: list[socket.socket] = []
+        may_stop = threading.Event()
+
+        def serve(number: int, connection: socket.socket) -> None:
+            with connection:
+                connection.sendall(b"INFO 1\r\n" if number == 2 else b'INFO {"max_payload":1048576}\r\n')
+                with contextlib.suppress(OSError):  # reset
+                    while data := connection.recv(65_536):
+                        if number == 3 and b"never read" in data:
+                            break
+                        connection.sendall(b"PONG\r\n" * data.count(b"PING\r\n"))
+                    may_stop.wait(SECONDS)
+
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            background = Background()
+
+            def accept() -> None:
+                with contextlib.suppress(OSError):  # the end
+                    while True:
+                        connections.append(listener.accept()[0])
+                        background.run(serve, len(connections) - 1, connections[-1])
+
+            background.run(accept)
+            changes = f"LINK_SIGN_SECONDS = 1.0; LINK_PAUSE_SECONDS = LINK_GIVE_UP_SECONDS = 0.1\n{SMALL_BUFFERS}"
+            with Linked("oslo", f"nats://{LOOPBACK}:{listener.getsockname()[1]}", changes=changes) as oslo:
+                with oslo.peer() as bob:
+                    connections[0].sendall(b"-ERR 'Maximum Connections Exceeded'\r\n")
+                    bob.expect(LOST, RESTORED)
+                    self.assertEqual(len(connections), 2)
+                    connections[1].shutdown(socket.SHUT_RDWR)
+                    bob.expect(LOST)
+                    bob.send(b"never read\n" * 90_000)
+                    bob.expect(RESTORED)
+                    self.assertEqual(len(connections), 4)
+                    bob.expect(LOST)
+                    last = sorted(bob.line().decode() for _ in range(2))
+                    self.assertRegex(last[0], rf"^\* \d+ lines {NOT_SENT}$")
+                    self.assertEqual(last[1], RESTORED)
+                oslo.stop()
+            may_stop.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            background.join()
 
 
 class Names(TestCase):
