@@ -2067,6 +2067,7 @@ class Codec:
 
 # --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
 
+NATS_PORT = 4222
 SERVER_NAME_CHARACTERS = 32  # with a person's name no longer than clients take for a label
 LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
 LINK_START_SECONDS = 4.5  # at most, to find a NATS at the start
@@ -2385,7 +2386,7 @@ def linking_problem(error: Exception, nats: Any) -> str:
 
 
 def nats_addresses(text: str) -> list[SplitResult]:
-    """Return the addresses in a list of URLs; raise what argparse turns into a usage error, without what is secret."""
+    """Return the addresses in a list of URLs, with ports; raise what argparse turns into a discreet usage error."""
     from urllib.parse import urlsplit
 
     try:
@@ -2397,7 +2398,10 @@ def nats_addresses(text: str) -> list[SplitResult]:
             and address.path + address.query + address.fragment in ("", "/")
             for address in addresses
         ):
-            return addresses
+            return [
+                address if address.port else address._replace(netloc=f"{address.netloc.rstrip(':')}:{NATS_PORT}")
+                for address in addresses
+            ]
     except ValueError:  # no number for a port, half an IPv6 address
         pass
     raise argparse.ArgumentTypeError(

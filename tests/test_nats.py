@@ -1100,10 +1100,10 @@ class Beginnings(TestCase):
 
     def test_urls(self) -> None:
         for url, expected in (
-            ("nats://a", ("nats", "a", None, None, None)),
+            ("nats://a", ("nats", "a", 4222, None, None)),
             ("tls://a.b:1/", ("tls", "a.b", 1, None, None)),
             ("nats://t%40k@[::1]:5", ("nats", "::1", 5, "t%40k", None)),
-            ("nats://u:p%3A%2C:@@127.0.0.1:", ("nats", "127.0.0.1", None, "u", "p%3A%2C:@")),
+            ("nats://u:p%3A%2C:@@127.0.0.1:", ("nats", "127.0.0.1", 4222, "u", "p%3A%2C:@")),
         ):
             with self.subTest(url=url):
                 (found,) = mychatserver.nats_addresses(url)
