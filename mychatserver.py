@@ -45,18 +45,15 @@ if sys.version_info < (needed := (3, 9)):  # Python 3.7 and older end here: this
     sys.exit("This needs Python 3.9 or newer: try python3, or py on Windows.")
 
 import argparse
-import base64
 import collections
 import contextlib
 import datetime
 import errno
 import functools
-import importlib
 import ipaddress
 import itertools
 import os
 import re
-import secrets
 import selectors
 import signal
 import socket
@@ -65,10 +62,11 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
-from urllib.parse import SplitResult, unquote, urlsplit
 
 if TYPE_CHECKING:
+    import asyncio
     import ssl  # at run time only where somebody asks for TLS: some Pythons have none
+    from urllib.parse import SplitResult
 
 __version__ = "1.0"
 
@@ -1960,11 +1958,11 @@ NATS_PORT = 4222
 SERVER_NAME_CHARACTERS = 32  # with a person's name no longer than clients take for a label
 LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
 LINK_START_SECONDS = 4.5  # at most, to find a NATS at the start
-LINK_CONNECT_SECONDS = 4.0  # to try all URLs, but a second each at least
+LINK_CONNECT_SECONDS = 2.0  # for each step of a connection: TCP's, NATS's and TLS's greetings, the login
 LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to confirm one
-LINK_PAUSE_SECONDS = 1.0  # before trying to connect again
+LINK_PAUSE_SECONDS = 1.0  # before trying the same NATS again, and before what was kept is sent
+LINK_GIVE_UP_SECONDS = 30.0  # without a link, after which the library begins anew
 X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
-LINK_NODES = 100  # of a cluster, as one of them tells
 HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
 SERVERS_REMEMBERED = 10_000  # a stranger may make up more
 
@@ -1972,11 +1970,16 @@ SERVER_NAME = re.compile(f"[0-9A-Za-z_-]{{1,{SERVER_NAME_CHARACTERS}}}")
 SUBJECT = re.compile(r"mychat\.[0-9A-Za-z_-]+\.([0-9A-Za-z_-]{1,40})\.([0-9A-Za-z_]{1,16})\.([0-9]{1,9})\.said")
 NOT_SENT = "not sent to the other servers"
 MISSED = re.compile(rb"(?m)^\* (\d+) lines %s\n" % NOT_SENT.encode())  # from the link's own writer: no label is so
-CREDENTIALS = re.compile(r"BEGIN NATS USER JWT-+\s+(\S+)\s.*BEGIN USER NKEY SEED-+\s+(\S+)\s", re.DOTALL)
-
-
-class Unlinked(Unusable):
-    """Why there is no link to the other servers, and what to do, as one sentence."""
+CREDENTIALS = re.compile(r"BEGIN NATS USER JWT-+\s+\S+\s.*BEGIN USER NKEY SEED-+\s+(\S+)\s", re.DOTALL)
+LINK_PROBLEMS = {  # by what is in the names of an exception's classes and in its words, the first that fits
+    "gaierror|UnicodeError": "Unknown host '{host}': check the URL of --nats.",
+    "TimeoutError": "No answer from {nats}: is it stopped, or a firewall between? Check the URL of --nats.",
+    "Connect call failed": "No {nats}: start nats-server there, or give --nats another URL.",
+    "SSLCertVerificationError": "{nats} has no certificate to be trusted, {words}: give --nats-ca the right one.",
+    "no TLS": "{nats} does not speak TLS: set it up there, or give a URL with nats://.",
+    "(?i:authorization)": "{nats} does not let us in: check user and password, token or --nats-creds.",
+    "": "No link by {nats}, {words}: its log may say more, or it is not NATS.",
+}
 
 
 def qualified(lines: bytes, server: str) -> bytes:
@@ -2012,47 +2015,55 @@ class Link(Writer):
     gone = False
 
     def __init__(self, room: Room, console: Writer, errors: Writer, options: argparse.Namespace) -> None:
-        """Connect to the first NATS that answers. Blocks for LINK_START_SECONDS at most; raises Unlinked."""
-        self._library = library("nats", "--nats needs the library nats-py: python -m pip install nats-py")
-        if options.nats_creds:
-            library("nkeys", "--nats-creds needs the library nkeys: python -m pip install nkeys")
+        """Connect to the first NATS that answers. Blocks for LINK_START_SECONDS at most; raises Unusable."""
         import asyncio
         import concurrent.futures
+        import importlib
         import logging
+        import secrets
+
+        try:
+            self._library: Any = importlib.import_module("nats.aio.client")
+            self._credentials = credentials(options.nats_creds) if options.nats_creds else None
+        except ImportError as error:
+            name = "nkeys" if error.name == "nkeys" else "nats-py"
+            raise Unusable(f"--nats needs the library {name}: python -m pip install {name}") from None
 
         async def look_up(*arguments: Any, **options: Any) -> Any:
             return socket.getaddrinfo(*arguments, **options)
 
         logging.disable()  # what goes wrong is said in a sentence, here
         self._room, self._console, self._errors, self._options = room, console, errors, options
+        self._tls = tls_to_nats(options.nats_ca)
         self._id = secrets.token_hex(8)
-        self._arrivals = Writer("arrivals", self._say_here, "from the other servers not shown")
-        self._speaks = threading.Event()  # there is a connection, and the other servers have had time for theirs
+        self._arrivals = Writer("arrivals", functools.partial(room.relay, self), "from the other servers not shown")
+        self._may_speak = threading.Event()  # there is a link, and the other servers have had time for theirs
         # The asyncio thread changes what follows; others look.
-        self._connections = 0
-        self._nodes: dict[str, SplitResult] = {}  # of a cluster, by host and port, each with the URL that led to it
-        self._problem = ""  # told last
+        self._nats: Any = None  # the library's client: it connects again by itself, to any node of a cluster
+        self._patience: Deadline | None = None  # while there is no link: in which the library may find one
+        self._connections = 1
+        self._sending: asyncio.Task[None] | None = None
+        self._problems: set[str] = set()  # told since there was a link
         self._heard: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the last NUMBER, by NAME and ID
         self._has_namesake = False
-        self._loop = asyncio.new_event_loop()
-        self._loop.getaddrinfo = look_up  # type: ignore[method-assign] # a thread of asyncio's would hold up our end
-        threading.Thread(target=self._loop.run_forever, name="asyncio", daemon=True).start()
+        loop = asyncio.new_event_loop()
+        loop.getaddrinfo = look_up  # type: ignore[method-assign] # a thread of asyncio's would hold up our end
+        self._run_soon = functools.partial(asyncio.run_coroutine_threadsafe, loop=loop)
+        threading.Thread(target=loop.run_forever, name="asyncio", daemon=True).start()
         try:
-            self._nats = asyncio.run_coroutine_threadsafe(self._connected(), self._loop).result(LINK_START_SECONDS)
-        except concurrent.futures.TimeoutError as error:  # perhaps a name is still looked up
-            raise Unlinked(linking_problem(error, with_port(options.nats[0]))) from None
+            self._run_soon(self._connect()).result(LINK_START_SECONDS)
+        except concurrent.futures.TimeoutError:  # perhaps a name is still looked up
+            raise Unusable(linking_problem(TimeoutError(), self._nats)) from None
         super().__init__("link", self._publish, NOT_SENT)
 
     # Runs in the main thread
 
     def start(self) -> None:
         """Join the room. Waits for the turn."""
-        import asyncio
-
         self._room.add(self)
         self._console.say(f"Linked to room {self._options.room} as {self._options.server_name}")
-        staying = asyncio.run_coroutine_threadsafe(self._stay_linked(), self._loop)
-        staying.add_done_callback(lambda link: self._errors.say(f"The link has ended by a fault: {link.exception()!r}"))
+        self._may_speak.set()
+        self._run_soon(self._stay_linked())
 
     # Called from any thread
 
@@ -2065,161 +2076,138 @@ class Link(Writer):
         more = f" and {len(names) - WHO_SHOWN} more" if len(names) > WHO_SHOWN else ""
         return f", and people on {', '.join(names[:WHO_SHOWN])}{more}"
 
-    # Runs in the threads of the two writers
-
-    def _say_here(self, lines: bytes) -> None:
-        while lines:
-            some = front(lines, READ_BYTES)
-            self._room.relay(self, some)
-            lines = lines[len(some) :]
+    # Runs in the writer's thread
 
     def _publish(self, lines: bytes) -> None:
-        """Wait for a connection, publish lines, wait until NATS has them; tell our people how many it may not have."""
-        missed = MISSED.findall(lines)
+        """Publish lines while there is a link, a message at a time; tell our people how many NATS may not have."""
+        missed = sum(map(int, MISSED.findall(lines)))
         lines = qualified(MISSED.sub(b"", lines), self._options.server_name)
         while lines:
-            self._speaks.wait()
-            most = min(self._nats.max_payload, LINK_MESSAGE_BYTES)
-            some = front(lines, most)
+            self._may_speak.wait()
+            some = front(lines, min(self._nats.max_payload, LINK_MESSAGE_BYTES))
             lines = lines[len(some) :]
-            if len(some) > most or not self._is_sent(some):
-                self._tell_missed(some.count(b"\n"))
-        for count in missed:
-            self._tell_missed(int(count))
-
-    def _is_sent(self, lines: bytes) -> bool:
-        """Return whether NATS has confirmed lines before the connection was over."""
-        import asyncio
-
-        try:
-            asyncio.run_coroutine_threadsafe(self._send(lines), self._loop).result()
-        except Exception:  # cancelled, or of any kind that the library has
-            self._speaks.clear()  # what follows is kept
-            return False
-        return True
-
-    def _tell_missed(self, lines: int) -> None:
-        self._arrivals.say(f"* {lines} lines {NOT_SENT}")
+            try:
+                self._run_soon(self._send(some)).result()
+            except Exception:  # cancelled, or of any kind that the library has
+                missed += some.count(b"\n")
+        if missed:
+            self._arrivals.say(f"* {missed} lines {NOT_SENT}")
 
     # Runs in the asyncio thread
 
-    async def _stay_linked(self) -> None:
-        """Speak by one connection after the other. Does not end: the process does."""
-        import asyncio
+    async def _connect(self) -> None:
+        """Have a new client of the library connect to the first NATS that answers, and hear the room.
 
-        pause = 0.0
-        while True:
-            self._tell_problem(await self._speak(pause))
-            self._speaks.clear()
-            self._arrivals.say("* link to the other servers lost")  # now: what is said after that is kept
-            self._nodes = {node.netloc: self._address for node in self._nats.discovered_servers[:LINK_NODES]}
-            self._drop(self._nats)
-            pause = LINK_PAUSE_SECONDS
-            nats = None
-            while not nats:
-                await asyncio.sleep(pause)
-                try:
-                    nats = await self._connected()
-                except Unlinked as error:
-                    self._tell_problem(str(error))
-            self._nats, self._problem = nats, ""
-            self._arrivals.say("* link restored")
-
-    async def _speak(self, pause: float) -> str:
-        """Let people be heard after a pause, and give signs of life, until the connection is over; return why it is."""
-        import asyncio
-
-        nats = self._nats
-        await asyncio.wait((nats._reading_task,), timeout=pause)
-        while not nats._reading_task.done():  # it ends whatever ends the connection
-            self._speaks.set()
-            messages = nats.stats["in_msgs"]
-            sign = asyncio.ensure_future(self._send(b""))
-            await asyncio.wait((nats._reading_task,), timeout=LINK_SIGN_SECONDS)
-            if not sign.done() and nats.stats["in_msgs"] == messages:
-                return linking_problem(TimeoutError(), self._node)
-        return linking_problem(nats.last_error or EOFError(), self._node)
-
-    async def _send(self, lines: bytes) -> None:
-        """Publish lines; return when NATS has confirmed that. Is cancelled when the connection is over."""
-        subject = f"mychat.{self._options.room}.{self._options.server_name}.{self._id}.{self._connections}.said"
-        await self._nats.publish(subject, lines)
-        await self._nats.flush(3600)  # longer than any connection that does not answer: the library bears no late one
-
-    def _drop(self, nats: Any) -> None:
-        """Give up a connection, and all that waits for it: its own way to close may wait for a NATS that is stopped."""
-        import asyncio
-
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        with contextlib.suppress(Exception):  # there is none yet
-            nats._transport.close()
-
-    async def _connected(self) -> Any:
-        """Return a connection to the first NATS that answers; raise Unlinked, with the last problem, when none does."""
-        import asyncio
-
-        given = {with_port(address): address for address in self._options.nats}
-        nodes = {**given, **self._nodes, **given}  # first those that were given, and each as it was given
-        for node, address in nodes.items():
-            self._connections += 1
-            nats = self._library.NATS()
-            try:
-                await asyncio.wait_for(self._log_in(nats, node, address), max(1.0, LINK_CONNECT_SECONDS / len(nodes)))
-            except Exception as error:  # of any kind: who answers may be no NATS
-                problem = linking_problem(error, node)
-                self._drop(nats)
-            else:
-                self._node, self._address = node, address
-                return nats
-        raise Unlinked(problem)
-
-    async def _log_in(self, nats: Any, node: str, address: SplitResult) -> None:
-        """Connect to a node, as its URL says, and hear the room. Raises whatever the library does.
-
-        The library starts TLS only if NATS asks for it. So it gets what is secret from functions that it calls when it
-        puts its login together: they raise Unlinked when there should be TLS by then, and is none.
+        Raises Unusable, with the last problem, when none of those in the URLs does.
         """
-        context = tls_to_nats(self._options.nats_ca)
+        from urllib.parse import unquote
 
-        def unlocked(secret: str | None) -> str:
-            if address.scheme == "tls" and not context.session_stats()["connect_good"]:
-                raise Unlinked(f"NATS at {node} does not speak TLS: set it up there, or give a URL with nats://.")
-            return unquote(secret or "")
+        nats = self._nats = self._library.Client()
+        tries = len(self._options.nats)
+        take, login = nats._process_msg, nats._connect_command
 
         async def on_error(error: Exception) -> None:
-            if not nats.is_connected:
-                raise error  # or the library would try again, for minutes
-            if "permissions" in str(error):
-                self._tell_problem(linking_problem(error, node))
+            nonlocal tries
+            tries -= 1
+            if tries == 0:  # not the error itself: the library would go on for ever
+                raise Unusable(linking_problem(error, nats))
+            if tries < 0:
+                self._tell(linking_problem(error, nats))
 
         async def on_message(*message: Any) -> None:
             with contextlib.suppress(Exception):  # a subject that is not UTF-8, say, would end the reading
-                await process(*message)
+                await take(*message)
 
-        process, nats._process_msg = nats._process_msg, on_message
-        login: dict[str, Any] = {"token": lambda: unlocked(address.username)}
-        if address.password is not None:
-            login = {"user": lambda: unlocked(address.username), "password": lambda: unlocked(address.password)}
-        if self._options.nats_creds:
-            jwt, keys = credentials(self._options.nats_creds)
-            login["user_jwt_cb"] = jwt.encode
-            login["signature_cb"] = lambda nonce: base64.b64encode(keys.sign((unlocked("") + nonce).encode()))
-        host = urlsplit(f"//{node}").hostname or ""
-        await nats.connect(
-            servers=[f"nats://{node}"],
-            name="mychatserver",
-            no_echo=True,
-            allow_reconnect=False,  # we do: the library gives up for good at many a word of NATS
-            error_cb=on_error,
-            connect_timeout=LINK_CONNECT_SECONDS,
-            tls=context,
-            # The nodes of a cluster tell of each other by numbers, which no certificate has.
-            tls_hostname=address.hostname if re.fullmatch(r"[\d.]+|.*:.*", host) else host,
-            **login,
-        )
-        await nats.subscribe(f"mychat.{self._options.room}.>", cb=self._hear)
-        await nats.flush()
+        def log_in() -> bytes:
+            """Return what the library sends first. It has begun TLS by then, but only if NATS has asked for it."""
+            node = nats._current_server
+            if node.uri.scheme == "tls" and not nats._transport._io_writer.get_extra_info("ssl_object"):
+                raise ConnectionError("no TLS")
+            # Other nodes of a cluster are told of without what is secret.
+            ours = (address for address in self._options.nats if address.scheme == node.uri.scheme)
+            address = next(ours) if node.discovered else node.uri
+            user, password = (unquote(part) if part else part for part in (address.username, address.password))
+            nats.options.update(user=user, password=password, token=user)  # the last if there is no password
+            return bytes(login())
+
+        nats._process_msg, nats._connect_command = on_message, log_in
+        try:
+            await nats.connect(
+                servers=[address.geturl() for address in self._options.nats],
+                name="mychatserver",
+                no_echo=True,
+                tls=self._tls,
+                user_credentials=self._credentials,
+                connect_timeout=LINK_CONNECT_SECONDS,
+                dont_randomize=True,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=LINK_PAUSE_SECONDS,
+                ping_interval=LINK_SIGN_SECONDS,
+                max_outstanding_pings=1,
+                error_cb=on_error,
+                disconnected_cb=self._on_disconnected,
+                reconnected_cb=self._on_connected,
+            )
+            tries = 0
+            await nats.subscribe(f"mychat.{self._options.room}.>", cb=self._hear)
+            await nats.flush()
+        except Unusable:
+            raise
+        except Exception as error:  # of any kind: who answers may be no NATS
+            raise Unusable(linking_problem(error, nats)) from None
+
+    async def _stay_linked(self) -> None:
+        """Give signs of life; have a new client when the library has given up, or is stuck. Does not end."""
+        import asyncio
+
+        while True:
+            await asyncio.sleep(LINK_SIGN_SECONDS)
+            await self._on_disconnected()  # the library may wait for a NATS that is stopped before it says so
+            if not self._patience:
+                await self._nats.publish(self._subject())
+            elif self._nats.is_closed or not self._patience.left():
+                self._run_soon(self._nats.close())  # it may never end
+                try:
+                    await self._connect()
+                    await self._on_connected()
+                except Unusable as problem:
+                    self._tell(str(problem))
+
+    async def _on_disconnected(self) -> None:
+        """Have people told, and nothing sent, unless that is known, or there is a connection: a new client's."""
+        if self._patience or self._nats.is_connected:
+            return
+        self._patience = Deadline(LINK_GIVE_UP_SECONDS)
+        self._may_speak.clear()
+        self._nats._pending.clear()  # what is not sent by now counts as not sent
+        if self._sending:
+            self._sending.cancel()  # the library would wait for an answer for ever
+        self._arrivals.say("* link to the other servers lost")
+
+    async def _on_connected(self) -> None:
+        """Have people told, and what was kept sent after a pause: the other servers may have been cut off, too."""
+        import asyncio
+
+        self._connections += 1
+        self._patience = None
+        self._problems.clear()
+        self._arrivals.say("* link restored")
+        await asyncio.sleep(LINK_PAUSE_SECONDS)
+        if not self._patience:
+            self._may_speak.set()
+
+    async def _send(self, lines: bytes) -> None:
+        """Publish lines; return when NATS has confirmed that. Is cancelled when the link is lost."""
+        import asyncio
+
+        if self._patience:
+            raise ConnectionError
+        self._sending = asyncio.current_task()
+        await self._nats.publish(self._subject(), lines)
+        await self._nats.flush(3600)  # longer than any connection that does not answer: the library bears no late one
+
+    def _subject(self) -> str:
+        return f"mychat.{self._options.room}.{self._options.server_name}.{self._id}.{self._connections}.said"
 
     async def _hear(self, message: Any) -> None:
         """Have our people told what a message says, unless it is a stranger's or late."""
@@ -2239,79 +2227,55 @@ class Link(Writer):
             self._arrivals.give([memoryview(lines)])
         time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
 
-    def _tell_problem(self, problem: str) -> None:
-        if problem != self._problem:
-            self._problem = problem
+    def _tell(self, problem: str) -> None:
+        if problem not in self._problems:
+            self._problems.add(problem)
             self._errors.say(problem)
 
 
-def library(name: str, sentence: str) -> Any:
-    """Import what is not in the standard library; raise Unlinked with a sentence when it is not there."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise Unlinked(sentence) from None
-
-
 def tls_to_nats(certificates: str | None) -> ssl.SSLContext:
-    """Return a context for one connection; raise Unlinked when there are no certificates in a file."""
+    """Return a context that trusts certificates in a file, or the system's; raise Unusable when there are none."""
     import ssl
 
     try:
         context = ssl.create_default_context(cafile=certificates)
     except OSError as error:
-        raise Unlinked(f"Cannot use {certificates}: {error.strerror}; give --nats-ca certificates in PEM.") from None
+        raise Unusable(f"Cannot use {certificates}: {error.strerror}; give --nats-ca certificates in PEM.") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if certificates is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
-        context.verify_flags |= X509_V_FLAG_PARTIAL_CHAIN
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # ... and one that openssl has made, as on those before
+    # Any certificate that one is given, as on Python 3.13; and one that openssl has made, as on those before.
+    context.verify_flags = (context.verify_flags | X509_V_FLAG_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
     return context
 
 
-def credentials(path: str) -> tuple[str, Any]:
-    """Return the JWT and the keys in a file of a user's credentials; raise Unlinked when there are none."""
+def credentials(path: str) -> Any:
+    """Return what is in a file of a user's credentials; raise Unusable when that is none, ImportError without nkeys."""
+    import importlib
+
+    nkeys = importlib.import_module("nkeys")
     try:
         with open(path, errors="replace") as file:
-            ((token, seed),) = CREDENTIALS.findall(file.read())
-        return token, importlib.import_module("nkeys").from_seed(bytearray(seed.encode()))
+            text = file.read()
+        nkeys.from_seed(bytearray(CREDENTIALS.findall(text)[0].encode()))
     except Exception as error:  # of any kind: the library tells of a wrong key by several
         reason = getattr(error, "strerror", None) or "it has no JWT and key of a user"
-        raise Unlinked(f"Cannot use {path}: {reason}; give --nats-creds a user's credentials.") from None
+        raise Unusable(f"Cannot use {path}: {reason}; give --nats-creds a user's credentials.") from None
+    return importlib.import_module("nats.aio.client").RawCredentials(text)
 
 
-def linking_problem(error: Exception, node: str) -> str:
-    """Return one sentence that says why there is no link, and what to do."""
-    host, _, port = node.rpartition(":")
-    nats = f"NATS at {host.strip('[]')} port {port}"
-    words = clean(str(error)[:200].encode("utf-8", "replace")).decode().replace("\n", " ")
-    if isinstance(error, Unlinked):
-        return words
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {host!r}: check the URL of --nats."
-    if type(error).__name__ == "TimeoutError":  # Python's own, or asyncio's, which is another one before 3.11
-        return f"No answer from {nats}: is it stopped, or a firewall between? Check the URL of --nats."
-    if "Connect call failed" in words:  # asyncio's, at one or several addresses of a host
-        return f"No {nats}: start nats-server there, or give --nats another URL."
-    if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError
-        return f"{nats} has no certificate to be trusted, {error.verify_message}: give --nats-ca the right one."
-    if isinstance(error, OSError):
-        return f"Cannot reach {nats}: {error.strerror or words}; check the URL of --nats."
-    if "authorization" in words.lower():
-        return f"{nats} does not let us in: check user and password, token or --nats-creds."
-    if "EOF" in words or isinstance(error, EOFError):
-        return f"{nats} has closed the connection: its log may say why."
-    if words.startswith("nats: ") and "INFO" not in words.upper():
-        return f"{nats} says {words[6:]!r}: its log may say more."
-    return f"What answers is not {nats}: check the URL of --nats."
-
-
-def with_port(address: SplitResult) -> str:
-    """Return host and port of a URL."""
-    return address.netloc.rpartition("@")[2].rstrip(":") + ("" if address.port else f":{NATS_PORT}")
+def linking_problem(error: Exception, nats: Any) -> str:
+    """Return one sentence that says why there is no link by a client of the library, and what to do."""
+    node = nats.connected_url or nats.servers[-1]  # the last is being tried
+    words = getattr(error, "verify_message", "") or str(error)[:200]
+    words = clean(words.encode("utf-8", "replace")).decode().replace("\n", " ").replace("nats: ", "")
+    kinds = " ".join(kind.__name__ for kind in type(error).__mro__)
+    sentence = next(sentence for what, sentence in LINK_PROBLEMS.items() if re.search(what, f"{kinds}: {words}"))
+    return sentence.format(host=node.hostname, nats=f"NATS at {node.hostname} port {node.port}", words=words)
 
 
 def nats_addresses(text: str) -> list[SplitResult]:
-    """Return the addresses in a list of URLs; raise what argparse turns into a usage error, without what is secret."""
+    """Return the addresses in a list of URLs, with ports; raise what argparse turns into a discreet usage error."""
+    from urllib.parse import urlsplit
+
     try:
         addresses = [urlsplit(url) for url in text.split(",")]
         if all(
@@ -2321,7 +2285,10 @@ def nats_addresses(text: str) -> list[SplitResult]:
             and address.path + address.query + address.fragment in ("", "/")
             for address in addresses
         ):
-            return addresses
+            return [
+                address if address.port else address._replace(netloc=f"{address.netloc.rstrip(':')}:{NATS_PORT}")
+                for address in addresses
+            ]
     except ValueError:  # no number for a port, half an IPv6 address
         pass
     raise argparse.ArgumentTypeError(

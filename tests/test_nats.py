@@ -258,7 +258,11 @@ class OneRoom(Nodes):
         ann.close()
         for peer in (bob, cid):
             peer.expect("* ann@paris left")
-        self.enter(oslo)[0].expect("* the last 2 lines:", f"{there}:Hi: all ", f"{bob.label}:é\tè", "* live from here")
+        newcomer = self.enter(oslo)[0]
+        told = [line for line in iter(newcomer.line, b"* live from here") if not re.fullmatch(rb"\* \d\d:\d\d", line)]
+        self.assertEqual(
+            told, [line.encode() for line in ("* the last 2 lines:", f"{there}:Hi: all ", f"{bob.label}:é\tè")]
+        )
         eventually(lambda: f" {there}:Hi: all \n" in log.read_text())
         self.assertIn(f" * {there} is now ann@paris\n", log.read_text())
         eventually(lambda: f"\n{bob.label}@oslo:é\tè\n".encode() in paris.output)
@@ -601,8 +605,8 @@ class Cuts(Nodes):
         eventually(lambda: len(heard) + total.missed == count)
         ann.say("fence")  # for who still listens
         background.join()
-        if heard[-1] != f"{ann.label}@paris:fence".encode():
-            bob.expect(f"{ann.label}@paris:fence")
+        if not heard[-1].endswith(b":fence"):
+            bob.wait_for(f"{ann.label}@paris", "fence")
         kept = heard[: count - total.missed]
         numbers = [int(line.partition(b":")[2].rstrip(b".")) for line in kept]
         self.assertEqual(numbers, sorted(set(numbers)))
@@ -673,7 +677,7 @@ class Deaths(Nodes):
             peer.expect(LOST, RESTORED)
         eventually(lambda: heard(ann, bob))
         self.assertEqual(paris.output.count(LOST.encode()), 1)
-        self.assertRegex(paris.errors(), "closed the connection|reset by peer|Connection lost")
+        self.assertRegex(paris.errors(), "EOF|Connect|lost")
 
     def test_nats_stops_and_goes_on(self) -> None:
         """It delays nobody. What was said just then may be lost, but nothing later; nothing comes twice or late."""
@@ -708,7 +712,6 @@ class Deaths(Nodes):
                 number += 1
                 ann.say(f"line {number}")
         self.assertEqual(numbers, sorted(set(numbers)))
-        self.assertRegex(paris.errors(), "No answer from NATS")
 
     @once
     def test_what_is_kept_waits_for_who_was_cut_too(self) -> None:
@@ -1033,11 +1036,11 @@ class Beginnings(TestCase):
         with contextlib.ExitStack() as stack:
             cases: list[tuple[str, tuple[str, ...], str]] = []
             for answer, sentence in (
-                (b"HTTP/1.1 400 Bad Request\r\n\r\n", "What answers is not NATS"),
-                (b"INFO {" + b" " * 1_000_000, "What answers is not NATS"),
-                (b"INFO " + b"[" * 9_000 + b"\r\n", "What answers is not NATS"),
-                (b"INFO 1\r\n", "What answers is not NATS"),
-                (b'INFO {"max_payload":1,"tls_required":true}\r\n', "Cannot reach NATS"),  # TLS is due
+                (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it is not NATS"),
+                (b"INFO {" + b" " * 1_000_000, "it is not NATS"),
+                (b"INFO " + b"[" * 9_000 + b"\r\n", "it is not NATS"),
+                (b"INFO 1\r\n", "it is not NATS"),
+                (b'INFO {"max_payload":1,"tls_required":true}\r\n', "No link by NATS"),  # TLS is due
                 (good + b"-ERR 'maximum connections \x1b[31m exceeded'\r\n", "connections \ufffd[31m exceeded'"),
             ):
                 port = stack.enter_context(home_made_server(functools.partial(serve, answer=answer)))
@@ -1100,21 +1103,30 @@ class Beginnings(TestCase):
                 self.assertIn(sentence, errors.getvalue())
 
     def test_urls(self) -> None:
-        for url, expected, node in (
-            ("nats://a", ("nats", "a", None, None, None), "a:4222"),
-            ("tls://a.b:1/", ("tls", "a.b", 1, None, None), "a.b:1"),
-            ("nats://t%40k@[::1]:5", ("nats", "::1", 5, "t%40k", None), "[::1]:5"),
-            ("nats://u:p%3A%2C:@@127.0.0.1:", ("nats", "127.0.0.1", None, "u", "p%3A%2C:@"), "127.0.0.1:4222"),
+        for url, expected in (
+            ("nats://a", ("nats", "a", 4222, None, None)),
+            ("tls://a.b:1/", ("tls", "a.b", 1, None, None)),
+            ("nats://t%40k@[::1]:5", ("nats", "::1", 5, "t%40k", None)),
+            ("nats://u:p%3A%2C:@@127.0.0.1:", ("nats", "127.0.0.1", 4222, "u", "p%3A%2C:@")),
         ):
             with self.subTest(url=url):
                 (found,) = mychatserver.nats_addresses(url)
                 self.assertEqual((found.scheme, found.hostname, found.port, found.username, found.password), expected)
-                self.assertEqual(mychatserver.with_port(found), node)
 
     def test_the_name_of_the_host_up_to_the_first_dot(self) -> None:
         for host, name in (("Paris.example.org", "Paris"), ("a b", "a-b"), ("", "server"), ("x" * 40, "x" * 32)):
             with self.subTest(host=host), mock.patch.object(socket, "gethostname", return_value=host):
                 self.assertEqual(mychatserver.parse_args(["--nats", "nats://a"]).server_name, name)
+
+
+# In a server: sockets take little of what is sent, so that it waits in the library.
+SMALL_BUFFERS = """
+class Small(socket.socket):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_192)
+socket.socket = Small
+"""
 
 
 @NEEDS_LIBRARY
@@ -1145,6 +1157,52 @@ class FalseNats(TestCase):
                 cid.say("Hi!")
                 bob.expect(f"{cid.label}:Hi!")
             oslo.stop()
+
+    def test_what_the_library_does_not_bear_is_begun_anew(self) -> None:
+        """An error that ends it for good, an answer that is no NATS's when it comes again, one that never reads."""
+        connections: list[socket.socket] = []
+        may_stop = threading.Event()
+
+        def serve(number: int, connection: socket.socket) -> None:
+            with connection:
+                connection.sendall(b"INFO 1\r\n" if number == 2 else b'INFO {"max_payload":1048576}\r\n')
+                with contextlib.suppress(OSError):  # reset
+                    while data := connection.recv(65_536):
+                        if number == 3 and b"never read" in data:
+                            break
+                        connection.sendall(b"PONG\r\n" * data.count(b"PING\r\n"))
+                    may_stop.wait(SECONDS)
+
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            background = Background()
+
+            def accept() -> None:
+                with contextlib.suppress(OSError):  # the end
+                    while True:
+                        connections.append(listener.accept()[0])
+                        background.run(serve, len(connections) - 1, connections[-1])
+
+            background.run(accept)
+            changes = f"LINK_SIGN_SECONDS = 1.0; LINK_PAUSE_SECONDS = LINK_GIVE_UP_SECONDS = 0.1\n{SMALL_BUFFERS}"
+            with Linked("oslo", f"nats://{LOOPBACK}:{listener.getsockname()[1]}", changes=changes) as oslo:
+                with oslo.peer() as bob:
+                    connections[0].sendall(b"-ERR 'Maximum Connections Exceeded'\r\n")
+                    bob.expect(LOST, RESTORED)
+                    self.assertEqual(len(connections), 2)
+                    connections[1].shutdown(socket.SHUT_RDWR)
+                    bob.expect(LOST)
+                    bob.send(b"never read\n" * 90_000)
+                    bob.expect(RESTORED)
+                    self.assertEqual(len(connections), 4)
+                    bob.expect(LOST)
+                    last = sorted(bob.line().decode() for _ in range(2))
+                    self.assertRegex(last[0], rf"^\* \d+ lines {NOT_SENT}$")
+                    self.assertEqual(last[1], RESTORED)
+                oslo.stop()
+            may_stop.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            background.join()
 
 
 class Names(TestCase):
