@@ -177,7 +177,7 @@ def parse(block: bytes) -> Iterator[tuple[bytes, str]]:
     """Yield lines of ``block`` to be relayed, clean, and the command after them, or an empty one.
 
     ``exit`` is the command ``/quit``, and nothing comes after it. Costs for 64 KiB, in lines of 32 bytes: 80 us for
-    ASCII, 280 us for Chinese; milliseconds for bytes chosen to cost the most, for which the handler pays: see Work.
+    ASCII, 400 us for Chinese, 1 ms for source code. What is chosen to cost more is paid for: see Work.
     """
     if not block.translate(None, PLAIN) and not UNUSUAL.search(b"\n" + block):
         yield block, ""
@@ -185,7 +185,11 @@ def parse(block: bytes) -> Iterator[tuple[bytes, str]]:
     while block:
         some = front(block, PARSED_BYTES)
         block = block[len(some) :]
-        text = BLANK_LINES.sub(b"\n", b"\n" + clean(corrected(some)))
+        text = b"\n" + clean(corrected(some))
+        if not UNUSUAL.search(text):
+            yield text[1:], ""
+            continue
+        text = BLANK_LINES.sub(b"\n", text)
         start = 0  # of the newline before what is left
         for found in COMMAND.finditer(text):
             yield ESCAPED.sub(rb"\1", text[start : found.start() + 1])[1:], (found[1] or b"/quit").decode()
@@ -234,7 +238,7 @@ VANISHED_SECONDS = 60  # in which a peer must acknowledge what it was sent, or i
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
 WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
-OTHER_PROTOCOL = re.compile(rb"[^\n]* (?:HTTP|RTSP|SIP)/\d(?:\.\d)?\n")
+OTHER_PROTOCOL = re.compile(rb"[\r\n]*[^\n]* (?i:HTTP|RTSP|SIP)/[\d.]+[ \t]*\r?\n")  # its first line ends so
 OTHER_ANSWER = (
     b"HTTP/1.0 400 This is a chat\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This is a chat server. Join it with: python mychatclient.py HOST PORT\r\n"
@@ -378,7 +382,7 @@ class Client:
         end-of-file, not at a reset. What begins like another protocol is no chat, and none of it is yielded.
         """
         framer = Framer()
-        head = b""  # what came up to the first line's end
+        head, is_first_line = b"", True
         while True:
             if framer.ends_by_silence and not ready(self._sock, selectors.EVENT_READ, SILENCE_SECONDS):
                 yield framer.rest(), False
@@ -396,16 +400,16 @@ class Client:
                     yield framer.rest(), False
                 return
             self.bytes_received += len(data)
-            is_first = b"\n" not in head
-            if is_first:
-                head = (head + data)[:READ_BYTES]
+            if is_first_line:
+                head += data
                 if head.startswith(TLS_HELLO):
                     return
-            block, too_long = framer.feed(data)
-            if is_first and OTHER_PROTOCOL.match(block):
-                self.give([memoryview(OTHER_ANSWER)])
-                return
-            yield block, too_long
+                if OTHER_PROTOCOL.match(head):
+                    self.give([memoryview(OTHER_ANSWER)])
+                    return
+                is_first_line = b"\n" not in head.lstrip(b"\r\n")
+                head = head[:2] + head[2:][-64:]  # its beginning tells TLS, its end the others, however long it is
+            yield framer.feed(data)
 
     def recv(self, size: int) -> bytes:
         """Wait for input and return it, of ``size`` bytes on the wire at most, empty at end-of-file.
@@ -439,10 +443,9 @@ class Client:
     def drain(self) -> None:
         """Send the outbox and end-of-file, and let the peer close first: its input, unread, would reset both.
 
-        Blocks DRAIN_SECONDS for the one and LINGER_SECONDS for the other at most. The server thread must have
-        forgotten the socket.
+        Blocks DRAIN_SECONDS for the one and LINGER_SECONDS for the other at most. Comes after ``finish``, and after the
+        server thread has forgotten the socket.
         """
-        self.finish()
         draining = Deadline(DRAIN_SECONDS)
         while self.flush() and ready(self._sock, selectors.EVENT_WRITE, draining.left()):
             pass
@@ -609,7 +612,8 @@ HIGH_WATER_BYTES = 1_048_576
 LOW_WATER_BYTES = HIGH_WATER_BYTES // 2
 BUDGET_BYTES = 4_194_304  # what all together may say while somebody is a slow consumer; one client
 CLIENT_BUDGET_BYTES = 262_144  # this at most
-DELIVERED_BYTES = 1_073_741_824  # and what all that comes to, times its readers
+DELIVERED_BYTES = 1_073_741_824  # and what all that comes to, times its readers, but for a line each
+LONG_LINE_BYTES = 4_096
 EPOCH_SECONDS = 60.0  # so long at most: whoever is a slow consumer then is evicted
 REPLY_BYTES = 65_536  # a handler reads on when its client has taken its replies up to this
 # Whose outbox is larger is evicted. Nobody's can be: when the first becomes a slow consumer, none has more than
@@ -716,13 +720,15 @@ class Room:
                     self._limit.acquire(client)
                 client.label = self._free_label(client.address[1])
                 self._clients[client.label] = client
+                must_broadcast = self._tell_of(client, "joined")
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
             if self._announce:
                 client.say(self._who(client))
             if self._history:
                 client.give(self._history.replay())
-        self._tell_of(client, "joined")
+        if must_broadcast:
+            self._broadcast()
 
     def leave(self, client: Client) -> None:
         """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
@@ -738,10 +744,12 @@ class Room:
                 if self._limit:
                     self._limit.release(client)
                 self._recover(client)
+                must_broadcast = self._tell_of(client, "left")  # before anybody else can have its label
             client.heard_from = None  # or those who left would be kept in a chain
             self._members.remove(client)
             self._console.say("Connection closed")
-        self._tell_of(client, "left")
+        if must_broadcast:
+            self._broadcast()
 
     def relay(self, speaker: Speaker, lines: bytes) -> None:
         """Give ``lines`` to all other members, in portions that let others have their say.
@@ -822,9 +830,9 @@ class Room:
     def evict(self, client: Client) -> None:
         """Give up ``client``: its handler wakes, wherever it waits, and leaves."""
         client.evict()
-        self.look_at(client)
+        self.reconsider(client)
 
-    def look_at(self, client: Client) -> bool:
+    def reconsider(self, client: Client) -> bool:
         """See to whom something happened: some of its outbox was sent, or it is gone. Return whether it is slow."""
         with self._queue_lock:
             if client.outbox_bytes < LOW_WATER_BYTES:
@@ -849,18 +857,16 @@ class Room:
     def finish(self, client: Client) -> None:
         """Have ``client`` leave after what was queued for it."""
         client.finish()
-        self.look_at(client)
+        self.reconsider(client)
 
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
-        with self._turn:
-            for client in self._members:
-                if isinstance(client, Client):
-                    self._console.say("Connection closed")
-                    self._tell_of(client, "left")
+        with self._turn, self._queue_lock:
+            for client in self._clients.values():
+                self._console.say("Connection closed")
+                self._tell_of(client, "left")
+            self._clients.clear()
             self._members.clear()
-            with self._queue_lock:
-                self._clients.clear()
 
     # The relay itself: runs in the handler that has the turn
 
@@ -908,20 +914,6 @@ class Room:
         if client.say(*notices) > HIGH_WATER_BYTES:
             self._note_slow(client)
 
-    def _tell_of(self, client: Client, verb: str) -> None:
-        """Have the log tell that ``client`` joined or left, and with ``--announce`` all others, elsewhere too."""
-        notice = f"* {client.label} {verb}"
-        if self._log:
-            self._log.say(notice)
-        if self._announce:
-            without: list[Member] = [client, self._console]
-            if self._log:
-                without.append(self._log)
-            with self._queue_lock:
-                must_broadcast = not self._closed and self._enqueue(None, f"{notice}\n".encode(), without)
-            if must_broadcast:
-                self._broadcast()
-
     def _who(self, client: Client) -> str:
         """Return a notice that names the first who are here, in order of arrival, and ``client``."""
         assert self._turn.locked()  # noqa: S101 - a precondition that runs
@@ -957,6 +949,21 @@ class Room:
 
     def _is_here(self, client: Client) -> bool:
         return self._clients.get(folded(client.label)) is client
+
+    def _tell_of(self, client: Client, verb: str) -> bool:
+        """Have the log tell that ``client`` joined or left, and with ``--announce`` all others, elsewhere too.
+
+        Returns whether to broadcast.
+        """
+        notice = f"* {client.label} {verb}"
+        if self._log:
+            self._log.say(notice)
+        if not self._announce or self._closed:
+            return False
+        without: list[Member] = [client, self._console]
+        if self._log:
+            without.append(self._log)
+        return self._enqueue(None, f"{notice}\n".encode(), without)
 
     def _enqueue(self, speaker: Speaker | None, block: bytes, without: Sequence[Member]) -> bool:
         """Queue what ``speaker`` says, or the room itself, for all but some; return whether to broadcast."""
@@ -998,7 +1005,8 @@ class Room:
         """Fix what may be said until nobody is a slow consumer: once, or people who come and go would add to it."""
         readers = len(self._members)
         budget = min(self._budget_bytes, DELIVERED_BYTES // readers) // readers
-        self._client_budget = max(PORTION_MIN_BYTES, min(CLIENT_BUDGET_BYTES, budget))
+        long_line = min(LONG_LINE_BYTES, self._budget_bytes // readers)  # which a person may type
+        self._client_budget = max(PORTION_MIN_BYTES, long_line, min(CLIENT_BUDGET_BYTES, budget))
         self._spent = dict.fromkeys((*self._clients.values(), self._link, None), 0)
         self._epoch = Deadline(EPOCH_SECONDS)
 
@@ -1035,7 +1043,10 @@ class Room:
 
 NAME_CHARACTERS = 24  # of a name at most
 UNCOMPOSED_CHARACTERS = 4 * NAME_CHARACTERS + 1  # more than become a name: at most four compose one
-SHOW_NOTHING = "\u115f\u1160\u3164\uffa0"  # letters all the same: the Hangul fillers
+# Letters and marks all the same: fillers, joiners, vowels that are not written, variation selectors.
+SHOWS_NOTHING = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 RESERVED_NAMES = "server", "you", "exit"
 QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 
@@ -1050,7 +1061,7 @@ def name_problem(name: str) -> str:
     """Return why ``name``, in Unicode's form NFKC, is not one; nothing if it is."""
     if not 1 <= len(name) <= NAME_CHARACTERS:
         return f"{NAME_CHARACTERS} characters at most"
-    if any(character in SHOW_NOTHING for character in name):
+    if SHOWS_NOTHING.search(name):
         return "it has a letter that shows nothing"
     if unicodedata.category(name[0])[0] != "L":
         return "it must begin with a letter"
@@ -1158,10 +1169,10 @@ MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select()
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
 REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
 STOP_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
-FREE_SECONDS_A_READ, FREE_SECONDS_A_BYTE = 100e-6, 6e-9  # of a processor: what reading plain text takes, generously
+FREE_SECONDS_A_READ, FREE_SECONDS_A_BYTE = 100e-6, 10e-9  # of a processor: twice what honest text takes, or more
 WORK_PRICE = 20.0  # seconds that a handler pauses for each second of more work than that,
-PAUSE_SECONDS = 0.25  # so long at once,
-WORK_CREDIT_SECONDS = 0.02  # after it has saved so much; Windows' clock of work ticks in almost as much
+PAUSE_SECONDS = 0.25  # but no longer at once; one who has typed waits as long at most
+WORK_CREDIT_SECONDS = 0.02  # that reading plain text saves at most; Windows' clock of work ticks in almost as much
 
 
 class Work:
@@ -1373,10 +1384,10 @@ class Server:
             self._refusals[host] = now
             self._console.say(f"Refused : {address}")
 
-    def _look_at(self, client: Client) -> None:
+    def _watch(self, client: Client) -> None:
         """Watch a client that has got an outbox; have its handler wake if it is gone."""
         if client.gone:
-            self._room.look_at(client)
+            self._room.reconsider(client)
         if client.outbox_bytes and client not in self._flushing:
             self._flushing.add(client)
             if len(self._flushing) < MAX_WATCHED:  # the rest wait for the next tick
@@ -1386,7 +1397,7 @@ class Server:
         """Send some of an outbox; return whether its owner is still a slow consumer."""
         if not client.flush():
             self._forget(client)
-        return self._room.look_at(client)
+        return self._room.reconsider(client)
 
     def _forget(self, client: Client) -> None:
         if client in self._flushing:
@@ -1399,9 +1410,9 @@ class Server:
     def _handle(self, client: Client) -> None:
         """Serve one client from its arrival to its close.
 
-        Ends because it waits in three places only: in ``recv`` and to have its say (``Room._wait``), out of which
-        ``Room.evict`` wakes it, and in ``drain``, which has a deadline, as has what comes before it joins. (And a
-        moment at a time for its pace and its work, and for the server thread to forget its socket.)
+        Ends because whatever it waits for ends: ``recv`` and the wait to have its say (``Room._wait``), as
+        ``Room.evict`` wakes both; the turn, as rounds are bounded and nobody broadcasts for ever; its pace, its work,
+        the door and ``drain``, as they have a deadline; and the server thread, which never blocks.
         """
         try:
             client.prepare()
@@ -1416,6 +1427,7 @@ class Server:
                 if gate:
                     rest = gate.rest_after_password(block, too_long)
                     if rest is None:
+                        work.pay()
                         continue
                     self._guests.leave_door(client)
                     self._room.join(client)
@@ -1440,6 +1452,7 @@ class Server:
             self._crossing.add(client)
             self._guests.leave_door(client)
             self._room.leave(client)
+            client.finish()
             self._wait_until_forgotten(client)
             self._crossed(client)
             client.drain()
@@ -1475,7 +1488,7 @@ class Server:
     # Called from any thread
 
     def _on_change(self, client: Client) -> None:
-        self._call_soon(functools.partial(self._look_at, client))
+        self._call_soon(functools.partial(self._watch, client))
 
     def _call_soon(self, call: Callable[[], object]) -> None:
         """Have the server thread call ``call``."""
@@ -1735,7 +1748,7 @@ class Gate:
         """
         while block:
             line, _, block = block.partition(b"\n")
-            line = TELNET.sub(b"", line)
+            line = TELNET.sub(b"", corrected(line))
             if self._is_password(line):
                 self._client.say("* password accepted")
                 return self._name + block
@@ -1942,8 +1955,9 @@ class Codec:
 
     def ended(self) -> Sequence[memoryview]:
         """Return what is to be sent at the end: TLS's own, close_notify."""
-        with contextlib.suppress(OSError, ValueError):  # the peer's own end has not come, or there was no handshake
-            self._tls.unwrap()
+        if self.is_ready:
+            with contextlib.suppress(OSError):  # the peer's own end has not come
+                self._tls.unwrap()
         return self.output()
 
     def output(self) -> Sequence[memoryview]:

@@ -78,6 +78,7 @@ class Names(People):
             ("*", "it must begin with a letter"),
             ("\u3164", "it has a letter that shows nothing"),
             ("a\uffa0", "it has a letter that shows nothing"),
+            ("ann\ufe0f", "it has a letter that shows nothing"),
             ("Server", "it is reserved"),
             ("YOU", "it is reserved"),
             ("e\uff58it", "it is reserved"),
@@ -91,15 +92,16 @@ class Names(People):
         self.silent(self.bob, self.ann)
 
     def test_names_over_all_of_unicode(self) -> None:
-        """A character may begin a name, be in it, or neither, by its category alone, but for four letters."""
-        fillers = "\u115f\u1160\u3164\uffa0"
+        """A character may begin a name, be in it, or neither, by its category alone, unless it shows nothing."""
+        unseen = {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
+        unseen |= {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0}
         for code in [*range(0x3200), *range(0x3200, sys.maxunicode + 1, 1 if LONG else 17)]:
             character = chr(code)
             if unicodedata.normalize("NFKC", character) != character:
                 continue
             category = unicodedata.category(character)
-            letter = category[0] == "L" and character not in fillers
-            within = letter or category in ("Mn", "Mc", "Nd") or character in "_-."
+            letter = category[0] == "L" and code not in unseen
+            within = letter or (category in ("Mn", "Mc", "Nd") and code not in unseen) or character in "_-."
             if (not name_problem(character), not name_problem("a" + character)) != (letter, within):
                 self.fail(f"U+{code:04X} {category}")
             if within and {*character} & {*" :*@\n/,'"}:

@@ -15,6 +15,7 @@ import time
 import unittest
 from typing import Any, ClassVar
 
+from mychatserver import LINE_TOO_LONG
 from tests import bench
 from tests.support import (
     LOOPBACK,
@@ -202,6 +203,9 @@ class Strangers(OnAServer):
         b"POST / HTTP/1.0\r\nContent-Length: 9\r\n\r\nhi there\n",
         b"OPTIONS * RTSP/1.0\r\nCSeq: 1\r\n\r\n",
         b"INVITE sip:bob@example.org SIP/2.0\r\nVia: x\r\n\r\n",
+        b"POST /" + b"a" * 70_000 + b" HTTP/1.1\r\nCookie: secret\r\n\r\nhi there\n",
+        b"\r\nGET / HTTP/1.1\r\nCookie: secret\r\n\r\n",
+        b"get / http/1.10 \r\nCookie: secret\r\n\r\n",
     )
 
     def answered(self, *pieces: bytes) -> None:
@@ -229,6 +233,11 @@ class Strangers(OnAServer):
     def test_what_only_speaks_of_it_is_text(self) -> None:
         """As is a later line that looks like a request."""
         self.hears("HTTP/1.1 is old\nGET / HTTP/1.1\n", "HTTP/1.1 is old", "GET / HTTP/1.1")
+
+    def test_a_first_line_too_long_changes_nothing_for_the_next(self) -> None:
+        self.ann.say("x" * 70_000)
+        self.ann.expect(LINE_TOO_LONG)
+        self.hears("I like HTTP/1.1\n", "I like HTTP/1.1")
 
 
 class Commands(OnAServer):

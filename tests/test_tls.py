@@ -386,6 +386,29 @@ class Door(TestCase):
                 peer.expect(f"{peers[0].label}:still here")
 
 
+class AtOnce(TestCase):
+    def test_what_comes_with_the_last_word_of_the_handshake_is_heard(self) -> None:
+        """A line, and TLS's own end, in one packet with it."""
+        with TlsServer() as server, TlsPeer(LOOPBACK, server.port) as listener:
+            listener.say("/who")
+            self.assertTrue(listener.line().startswith(b"* 1 here"))
+            received, output = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = context().wrap_bio(received, output, server_hostname="localhost")
+            with socket.create_connection((LOOPBACK, server.port), SECONDS) as sock:
+                label = sock.getsockname()[1]
+                while True:
+                    with contextlib.suppress(ssl.SSLWantReadError):
+                        tls.do_handshake()
+                        break
+                    sock.sendall(output.read())
+                    received.write(sock.recv(1 << 16))
+                tls.write(b"all at once\n")
+                with contextlib.suppress(ssl.SSLError):  # the server's own end has not come
+                    tls.unwrap()
+                sock.sendall(output.read())
+                listener.expect(f"{label}:all at once")
+
+
 class Plain(TestCase):
     """Who comes without TLS to a server that has it."""
 
