@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import sys
@@ -95,6 +96,12 @@ class Judged(Terminal):
         """Wait until the client waits for the terminal to take something."""
         waiting = pathlib.Path(f"/proc/{self.process.pid}/wchan")
         eventually(lambda: waiting.read_text() == "wait_woken")
+
+    def press(self, keys: str) -> None:
+        """Type like a person: what comes behind a Tab comes later."""
+        for part in re.findall("[^\t]*\t|[^\t]+", keys):
+            self.type(part)
+            self.settle()
 
     def say(self, lines: list[str]) -> None:
         self.server.sendall("".join(f"{line}\n" for line in lines).encode())
@@ -311,28 +318,35 @@ class Typing(TestCase):
             client.wait_for("anton:Hi!\n")
             for typed, expected in (
                 ("/msg b\t Hi!\r", "/msg bob Hi!"),
-                ("Zo\t: Hi!\r", "Zoë: Hi!"),
+                ("zO\t: Hi!\r", "Zoë: Hi!"),
                 ("ann\tx\r", "annikax"),
                 ("c\t!\r", "c\t!"),
                 ("/msg U\t Hi!\r", "/msg Uwe Hi!"),
                 ("os\t!\r", "os\t!"),
             ):
-                client.type(typed)
+                client.press(typed)
                 self.assertEqual(client.heard(), expected)
-            client.type("an\t\t")
+            client.press("an\t\t")
             client.settle()
             client.say(["bob:meanwhile"])
             client.settle()
             self.assertEqual([row for row in client.shows()[0] if row][-3:], ["annika  anton", "bob:meanwhile", "an"])
-            client.type("t\t\r")
+            client.press("t\t\r")
             self.assertEqual(client.heard(), "anton")
+
+    def test_a_tab_with_more_input_behind_it_was_pasted(self) -> None:
+        with Judged(10, "--no-color") as client:
+            client.say(["bob:Hi!"])
+            client.wait_for("bob:Hi!\n")
+            for typed in ("bo\t7\r", "bo\tb\tob\r", "\tbo\tb\r"):
+                client.type(typed)
+                self.assertEqual(client.heard(), typed[:-1])
 
     def test_however_many_labels_fit_they_are_listed_without_a_question(self) -> None:
         with Judged(10, "--no-color") as client:
             client.say([f"a{number}:Hi!" for number in range(300)])
             client.wait_for("a299:Hi!\n")
-            client.type("a\t\t")
-            client.settle()
+            client.press("a\t\t")
             client.say(["bob:meanwhile"])
             client.wait_for("bob:meanwhile\na")
             for question in ("Display all", "--More--"):

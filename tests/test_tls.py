@@ -106,24 +106,28 @@ def context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     return result
 
 
-class Secured(mychatclient.TlsSocket):
-    """The client's own socket, which two threads may use at a time, with a deadline."""
-
-    def _wait_for(self, event: int, deadline: float | None = None) -> None:
-        super()._wait_for(event, deadline or time.monotonic() + SECONDS)
-
-
 class TlsPeer(Peer):
-    """A peer behind TLS."""
+    """A peer behind the client's own TLS: to say and hear is as on any socket, and a half-close is a line ``exit``."""
 
     def __init__(self, host: str, port: int, *, version: ssl.TLSVersion | None = None, **options: Any) -> None:
         super().__init__(host, port, **options)
-        with contextlib.ExitStack() as unless_secure:
-            unless_secure.enter_context(self.socket)
-            secured = unless_secure.enter_context(Secured(self.socket, context(version), "localhost"))
-            secured.shake_hands()
-            unless_secure.pop_all()
-        self.socket = secured
+        self.socket = mychatclient.secured(self.socket, context(version), "localhost", port).sock
+        self.socket.settimeout(SECONDS)
+
+
+class RawPeer(Peer):
+    """A peer behind the standard library's TLS, for one thread alone: it can end without an end, and send no TLS."""
+
+    def __init__(self, host: str, port: int, *, version: ssl.TLSVersion | None = None, **options: Any) -> None:
+        super().__init__(host, port, **options)
+        self.socket = context(version).wrap_socket(self.socket, server_hostname="localhost", suppress_ragged_eofs=False)
+
+    def half_close(self) -> None:
+        """Say TLS's own end, without waiting for that of the server."""
+        self.socket.setblocking(False)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.socket.unwrap()  # type: ignore[attr-defined]  # it is an SSLSocket
+        self.socket.settimeout(SECONDS)
 
 
 class TlsServer(Server):
@@ -294,8 +298,9 @@ class Trust(TestCase):
 
         def serve(connection: socket.socket) -> None:
             connection.sendall(b"220 mail.example ESMTP\r\n")
-            while connection.recv(1_000):
-                pass
+            with contextlib.suppress(ConnectionResetError):
+                while data := connection.recv(1_000):
+                    self.assertEqual(data[:2], b"\x16\x03")
 
         with home_made_server(serve) as port:
             self.fails(
@@ -420,13 +425,14 @@ class Handshakes(TestCase):
         """What was said before it is heard; it ends the connection of its sender alone, in mid-line as at a reset."""
         for version in VERSIONS:
             with self.subTest(version=version), TlsServer() as server, server.peer() as ann:
-                with server.peer(version=version) as bob:
+                with RawPeer(LOOPBACK, server.port, version=version) as bob:
                     bob.send("before\nunfinished")
                     ann.expect(f"{bob.label}:before")
                     socket.socket.send(bob.socket, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
                     with self.assertRaises(OSError):
                         while bob.socket.recv(1_000):
                             pass
+                self.assertRegex(server.line(), "^New connection")
                 server.expect(f"{bob.label}:before", "Connection closed")
                 with server.peer() as cid:
                     cid.say("fence")
@@ -566,7 +572,7 @@ class Locked(TestCase):
                 self.assertIn("Wrong password: ", program.errors())
             with client(server.port, *known[:2]) as program:
                 self.assertEqual(program.wait(), 1)
-                self.assertIn("the server asks for a password", program.errors())
+                self.assertIn("The server asks for a password", program.errors())
             with client(server.port, *known, str(folder / "password")) as ann:
                 ann.expect(GREETING)
                 with client(server.port, *known, str(folder / "password")) as bob:
@@ -578,7 +584,8 @@ class Locked(TestCase):
                     ann.expect("")
                     self.assertEqual(ann.line().partition(":")[2], text)
         with TlsServer() as server, client(server.port, *known, str(folder / "password")) as program:
-            program.expect(GREETING, "", mychatclient.NOT_ASKED)
+            program.expect(GREETING)
+            self.assertEqual(program.errors(), f"{mychatclient.NOT_ASKED}\n")
 
     def test_who_finds_no_place_for_the_handshake_is_turned_away(self) -> None:
         code = f"import mychatserver as m; m.WAITING_MAX = 9, 1; m.main(['--port', '0', '--tls-cert', {pem('good')!r}])"
@@ -588,14 +595,24 @@ class Locked(TestCase):
                 silent.send(hello()[:9])
 
                 def turned_away() -> bool:  # as soon as the server has seen the first
-                    with client(port, "--tls-ca", trust()) as program:
-                        program.end_input()
-                        refused: bool = program.wait() == 1
-                        self.assertEqual(refused, "The server has turned this client away" in program.errors())
-                        return refused
+                    with Peer(LOOPBACK, port) as peer:
+                        peer.send(hello()[:9])
+                        with contextlib.suppress(socket.timeout, TimeoutError):
+                            peer.socket.settimeout(0.3)
+                            return peer.read_to_end().startswith(b"* ")
+                        return False
 
                 self.assertTrue(eventually(turned_away))
             eventually(lambda: not turned_away())
+
+    def test_a_client_for_which_there_is_no_place_says_so(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            connection.recv(1_000)
+            connection.sendall(b"* refused: too many are waiting\n")
+
+        with home_made_server(serve) as port, client(port, "--tls-ca", trust()) as program:
+            self.assertEqual((program.wait(), program.output), (1, b""))
+            self.assertEqual(program.errors(), "The server has turned this client away; try again later.\n")
 
 
 class Ends(TestCase):
@@ -605,15 +622,16 @@ class Ends(TestCase):
         """What is not ended by the peer itself is not relayed, as at a reset; what is, is."""
         with TlsServer() as server, server.peer() as ann:
             for version in VERSIONS:
-                with server.peer(version=version) as bob:
+                with RawPeer(LOOPBACK, server.port, version=version) as bob:
                     bob.send("whole\nunfinished")
                     ann.expect(f"{bob.label}:whole")
                     bob.socket.shutdown(socket.SHUT_RDWR)
-                with server.peer(version=version) as cid:
+                with RawPeer(LOOPBACK, server.port, version=version) as cid:
                     cid.send("whole\nlast")
                     cid.half_close()
                     ann.expect(f"{cid.label}:whole", f"{cid.label}:last")
-                    self.assertEqual(cid.socket.recv(1), b"")
+                    with self.assertRaises(ssl.SSLZeroReturnError):  # its own end
+                        cid.socket.recv(1)
 
     def serve(
         self, version: ssl.TLSVersion, ends: Callable[[ssl.SSLSocket], object]
@@ -708,7 +726,7 @@ class Ends(TestCase):
         lines = numbered_lines(2_000)
         with TlsServer("--quiet") as server, server.peer() as ann:
             for _ in range(20):
-                with TlsPeer(LOOPBACK, server.port) as peer:
+                with RawPeer(LOOPBACK, server.port) as peer:
                     peer.send(lines)
                     peer.half_close()
                 ann.expect(*as_heard(peer.label, lines).split(b"\n")[:-1])
@@ -753,9 +771,9 @@ class Between(TestCase):
         self.watched: list[mychatserver.Client] = []
         background = Background()
         with socket.create_server((LOOPBACK, 0)) as listener:
-            peers: list[TlsPeer] = []
+            peers: list[RawPeer] = []
             port = listener.getsockname()[1]
-            background.run(lambda: peers.append(TlsPeer(LOOPBACK, port, receive_buffer=8_192)))
+            background.run(lambda: peers.append(RawPeer(LOOPBACK, port, receive_buffer=8_192)))
             sock, address = listener.accept()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_192)
         tls = mychatserver.tls_context(pem("good"), None)
