@@ -38,7 +38,6 @@ import os
 import re
 import secrets
 import select
-import selectors
 import signal
 import socket
 import struct
@@ -424,6 +423,9 @@ if sys.platform != "win32":
             # echo what is typed or pasted, and the editor show it again.
             editor.library.rl_prep_terminal(1)
             self._prepared = termios.tcgetattr(0)
+            # Ctrl-C must not take away what the editor has seen to be there: it would wait for it, deaf to signals.
+            self._prepared[3] |= termios.NOFLSH
+            self._set_terminal(self._prepared)
             import ctypes
 
             for name in ("rl_prep_term_function", "rl_deprep_term_function"):
@@ -509,8 +511,6 @@ if sys.platform != "win32":
             return self._completing or self._editor.is_completing()
 
         def leave_line(self, ctrl_c: bool) -> None:
-            with contextlib.suppress(termios.error):  # it is gone
-                termios.tcflow(1, termios.TCOON)  # or Ctrl-S would hold what is written here
             if self._editor.is_half_typed(self._editing):
                 self._editor.go_to_end_of_line()
                 self.say("")
@@ -727,9 +727,7 @@ def has_come(sock: socket.socket, seconds: float) -> bool:
 
     Not by the socket's own time-out, which would hold for who sends, too.
     """
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(seconds))
+    return bool(select.select([sock], [], [], seconds)[0])
 
 
 def is_admitted(sock: socket.socket) -> bool:
@@ -740,18 +738,18 @@ def is_admitted(sock: socket.socket) -> bool:
     return bool(beginning) and not beginning.startswith(REFUSED)
 
 
-def received(sock: socket.socket) -> Iterator[bytes]:
+def received(sock: socket.socket, has_come: Callable[[socket.socket, float | None], bool]) -> Iterator[bytes]:
     """Yield what the server sends in blocks of whole lines, an unfinished last one at end-of-file.
 
     As long as the server has sent no newline, a piece of two or more characters and a second of silence are a line; but
     not when a piece of that line was a single character: then somebody types it there, key by key.
-    Blocks until something comes. Raises OSError when the connection is lost.
+    Blocks in ``has_come`` until something comes. Raises OSError when the connection is lost.
     """
     partial = b""
     sends_newlines = is_typed = False
     while True:
         waits = bool(partial) and not sends_newlines and not is_typed
-        is_silent = waits and not has_come(sock, SILENCE_SECONDS)
+        is_silent = not has_come(sock, SILENCE_SECONDS if waits else None)
         data = b"" if is_silent else sock.recv(READ_BYTES)
         end = data.rfind(b"\n") + 1
         sends_newlines = sends_newlines or end > 0
@@ -911,6 +909,9 @@ class Conversation:
         self._screen = screen
         self._connect_again = connect_again
         self._is_typed = os.isatty(0)  # asked once: a terminal that has hung up is none any more
+        # Here come the numbers of signals, at once; CPython calls a handler later, when the main thread gets to it.
+        self._signals, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
         # Set by the receive thread.
         self._connection = connection
         self._is_connected = True
@@ -930,6 +931,7 @@ class Conversation:
         receiver = threading.Thread(target=self._receive, daemon=True)
         try:
             self._is_interruptible = True
+            signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
             if self._ended_by:  # already
                 raise Interrupted
             self._screen.say(GREETING)
@@ -947,10 +949,11 @@ class Conversation:
             self._ended_by = signal.SIGINT
         self._is_interruptible = False
         unblock_signals()
-        if receiver.is_alive() and not self._is_over and self._is_connected:
-            with contextlib.suppress(OSError):  # it is lost
-                self._connection.sock.shutdown(socket.SHUT_RDWR)
-            receiver.join(LEAVE_SECONDS)
+        if not self._is_over and self._is_connected:
+            with contextlib.suppress(BlockingIOError):  # it is full: the receive thread wakes anyway
+                self._wakeup.send(b"\0")
+            if receiver.is_alive():
+                receiver.join(LEAVE_SECONDS)
         is_stuck = receiver.is_alive() and not self._is_over and self._is_connected
         return self._farewell(is_stuck)
 
@@ -1003,13 +1006,17 @@ class Conversation:
     def on_signal(self, number: int, _: object) -> None:
         """Note a signal that ends the program; draw what waits to be drawn; when all is over, raise Interrupted, once.
 
-        No other handler runs while what is raised here is on its way: CPython would take its result for that of a
-        function that has failed. So the signals are blocked until it is caught.
+        No handler may run while what another has raised is on its way out of ``input``: CPython would take its results
+        for those of functions that have failed. So only that of SIGURG raises, which CPython calls behind those of the
+        other signals that have come; and with the signals blocked, until it is caught.
         """
         if number in ENDING:
             if self._ended_by:  # the first was of no use: the screen may be stuck
                 self._die(number)
             self._ended_by = number
+        if sys.platform != "win32" and number != signal.SIGURG:
+            signal.raise_signal(signal.SIGURG)
+            return
         if self._in_handler:  # which sees what was noted
             return
         if self._screen.is_busy():
@@ -1018,16 +1025,19 @@ class Conversation:
             return
         self._in_handler = True
         self._screen.draw()
-        block_signals()
-        self._in_handler = False
-        if self._is_interruptible and (self._ended_by or self._is_over):
+        ends = self._is_interruptible and bool(self._ended_by or self._is_over)
+        if ends:
             self._is_interruptible = False
             self._screen.leave_line(self._ended_by == signal.SIGINT)
+        block_signals()
+        self._in_handler = False
+        if ends:
             self._screen.end_line()
         unblock_signals()
 
     def _farewell(self, is_stuck: bool = False) -> int:
         """Say how the conversation ended; return the exit status. Also runs in the receive thread, on Windows."""
+        forget_typed()
         if self._ended_by == signal.SIGINT:
             if not is_stuck:  # in showing something, as this would be
                 self._screen.say(FAREWELL)
@@ -1038,7 +1048,6 @@ class Conversation:
             if self._screen.problem:
                 warn(f"Cannot show what comes: {self._screen.problem}; give standard output another place.")
             return 1 if self._screen.problem else 0
-        forget_typed()
         if self._problem:
             warn(f"Connection lost: {self._problem}")
         self._screen.say(FAREWELL)
@@ -1061,8 +1070,8 @@ class Conversation:
                 if time.monotonic() - begun > STEADY_SECONDS:
                     tries = 0
                 tries, begun = self._reconnect(tries), time.monotonic()
-        except Interrupted:  # the main thread leaves
-            self._problem = None
+        except Interrupted:
+            pass  # the main thread leaves
         except FatalConnectError as error:
             self._problem = str(error)
         self._is_over = True
@@ -1071,20 +1080,40 @@ class Conversation:
                 os._exit(self._farewell())
             time.sleep(INTERRUPT_SECONDS)
 
+    def _has_come(self, sock: socket.socket | None, seconds: float | None) -> bool:
+        """Wait until there is something to receive, so many seconds at most, and see to it that signals are handled.
+
+        One that comes together with a key, or just before the main thread blocks, does not interrupt it. Raises
+        Interrupted when the main thread leaves.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = select.select([self._signals, *([sock] if sock else [])], [], [], left)[0]
+            numbers = self._signals.recv(READ_BYTES) if self._signals in ready else b""
+            if not self._is_interruptible:
+                raise Interrupted
+            if not WAKING.issuperset(numbers):
+                time.sleep(INTERRUPT_SECONDS)  # by then it has been handled, or the main thread blocks
+                self._screen.wake()
+            if sock in ready or not ready:
+                return bool(ready)
+
     def _show_what_comes(self) -> bool:
         """Show what comes until the connection ends; return whether it was lost and is to be replaced.
 
         Raises FatalConnectError where that would be no use.
         """
         begun = time.monotonic()
-        last, self._problem = b"", None
+        was_let_in, last, self._problem = False, b"", None
         try:
-            for number, block in enumerate(received(self._connection.sock)):
+            for number, block in enumerate(received(self._connection.sock, self._has_come)):
                 if number == 0:
                     check_beginning(block)
                 block = clean(block.replace(b"\r\n", b"\n"))
                 if number == 0 and block.startswith(QUESTION):
                     raise FatalConnectError(ASKED_LATE)
+                was_let_in = number > 0 or not block.startswith(REFUSED)
                 last = block[block.rfind(b"\n", 0, -1) + 1 :]
                 self._screen.show(block)
                 if self._screen.gone:
@@ -1095,11 +1124,11 @@ class Conversation:
             self._problem = self._connection.problem or None
             if last.startswith(REFUSED):
                 self._problem = TURNED_AWAY
-                if time.monotonic() - begun > ADMITTED_SECONDS:  # it had let us in
+                if was_let_in or time.monotonic() - begun > ADMITTED_SECONDS:
                     raise FatalConnectError(TURNED_AWAY)
             elif not self._is_leaving:
                 self._problem = self._problem or SERVER_CLOSED
-        if not self._problem or self._is_leaving or not self._is_interruptible:
+        if not self._problem or self._is_leaving:
             return False
         doubtful = self._connection.doubtful_lines()
         lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
@@ -1107,7 +1136,10 @@ class Conversation:
         told += "* connection lost, trying again\n" if self._connect_again else ""
         if told:
             self._screen.show(told.encode())
-        return self._connect_again is not None
+        if not self._connect_again:
+            return False
+        self._problem = None  # it has been told
+        return True
 
     def _reconnect(self, tries: int) -> int:
         """Try to connect until that works, and say so; return how often that was tried since one was steady.
@@ -1119,10 +1151,8 @@ class Conversation:
         with contextlib.suppress(OSError):  # whoever is sending is to notice
             self._connection.sock.shutdown(socket.SHUT_RDWR)
         while True:
-            time.sleep(RECONNECT_SECONDS[min(tries, len(RECONNECT_SECONDS) - 1)])
+            self._has_come(None, RECONNECT_SECONDS[min(tries, len(RECONNECT_SECONDS) - 1)])
             tries += 1
-            if self._is_leaving or not self._is_interruptible:
-                raise Interrupted
             try:
                 connection = self._connect_again()
             except FatalConnectError:

@@ -744,9 +744,9 @@ class Connecting(TestCase):
     def test_ctrl_c_while_connecting(self) -> None:
         with silent_port() as port:
             script = (
-                "import socket, sys, mychatclient\n"
+                "import os, socket, sys, mychatclient\n"
                 "connect = socket.socket.connect\n"
-                "socket.socket.connect = lambda *arguments: print('connecting', flush=True) or connect(*arguments)\n"
+                "socket.socket.connect = lambda *given: (os.write(1, b'connecting\\n'), connect(*given))[1]\n"
                 "sys.exit(mychatclient.main(sys.argv[1:]))\n"
             )
             with Program(sys.executable, "-c", script, LOOPBACK, str(port)) as program:

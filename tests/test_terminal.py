@@ -412,34 +412,15 @@ class Endings(TestCase):
         self.assertIn(client.wait(), (130, -signal.SIGINT))
         self.assertEqual(client.attributes(), client.before)
 
-    def test_sigterm_while_ctrl_s_holds_the_screen(self) -> None:
+    def test_two_sigterm_while_ctrl_s_holds_the_screen(self) -> None:
+        """The first one waits to begin a new row."""
         client = self.half_typed()
         client.type("\x13")
         client.process.send_signal(signal.SIGTERM)
-        self.assertEqual(client.wait(), -signal.SIGTERM)
-        self.assertEqual(client.attributes(), client.before)
-
-    def test_sigterm_while_ctrl_s_holds_what_was_typed(self) -> None:
-        client = self.half_typed()
-        client.type("\x13")
-        client.type("ne")
         client.wait_to_write()
         client.process.send_signal(signal.SIGTERM)
         self.assertEqual(client.wait(), -signal.SIGTERM)
         self.assertEqual(client.attributes(), client.before)
-
-    def test_sigterm_while_the_screen_takes_nothing_more(self) -> None:
-        """Though a message is being drawn, and signals came before."""
-        for before in ((), (signal.SIGINT,)):
-            with self.subTest(before=before):
-                client = self.half_typed()
-                client.type("\x13")
-                client.say(["54358:Hi!"])
-                client.wait_to_write()
-                for number in (*before, signal.SIGTERM):
-                    client.process.send_signal(number)
-                self.assertIn(client.wait(), (-signal.SIGTERM, 128 + signal.SIGTERM, 130))
-                self.assertEqual(client.attributes(), client.before)
 
     def test_sigstop_and_sigcont_without_a_shell(self) -> None:
         """The terminal is ours again, whoever has had it meanwhile, and the line is shown once."""
