@@ -384,6 +384,12 @@ if sys.platform != "win32":
         library = ctypes.CDLL(None)
         return library if hasattr(library, "rl_redisplay") else ctypes.CDLL(module.__file__)
 
+    def wait_for_foreground() -> None:
+        """Stop in the background, as who reads from the terminal there is stopped, until the shell calls back."""
+        with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
+            if os.tcgetpgrp(0) != os.getpgrp():
+                os.killpg(0, signal.SIGTTIN)
+
     class LineEditor(Screen):
         """A terminal with a line editor, on which what comes is shown above the half-typed line, and never in it.
 
@@ -566,9 +572,179 @@ if sys.platform != "win32":
     ]
 
 
+class PromptToolkitEditor(Screen):
+    """A terminal with prompt_toolkit, which runs on Windows too: what comes is shown above the half-typed line.
+
+    While ``line`` blocks, only the event loop in it draws: ``show`` has it take the line off the screen, write, and
+    draw the line again. At any other time ``show`` writes itself. The loop would swallow an exception: to end ``line``
+    with one, the prompt is told to exit with it.
+    """
+
+    def __init__(self, style: Style) -> None:
+        import prompt_toolkit
+        from prompt_toolkit.key_binding.key_processor import KeyPress
+        from prompt_toolkit.layout.processors import TabsProcessor
+
+        os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # or each line waits for the terminal to tell where its cursor is
+        super().__init__(style)
+        keys = prompt_toolkit.key_binding.KeyBindings()
+        keys.add("c-c", eager=True)(lambda _: signal.raise_signal(signal.SIGINT))
+        keys.add("tab")(self._complete)
+
+        @keys.add("<bracketed-paste>")
+        def paste(event: Any) -> None:
+            """Insert what was pasted: a newline in it is Enter, and the rest is pasted into the next line."""
+            line, newline, rest = event.data.replace("\r\n", "\n").replace("\r", "\n").partition("\n")
+            event.current_buffer.insert_text(line)
+            if newline:
+                enter = KeyPress(prompt_toolkit.keys.Keys.Enter)
+                event.key_processor.feed_multiple([enter, KeyPress(event.key_sequence[0].key, rest)], first=True)
+
+        self._session: prompt_toolkit.PromptSession[str] = prompt_toolkit.PromptSession(
+            key_bindings=keys,
+            input_processors=[TabsProcessor(8, " ", " ")],
+            reserve_space_for_menu=0,
+            enable_suspend=True,
+        )
+        self._app = self._session.app
+        self._is_over = False  # ``line`` is to raise
+        # Guards what follows; notified when the rows were shown.
+        self._changed = threading.Condition()
+        self._is_editing = False  # the loop draws, or soon will
+        self._rows = b""  # to be shown; of one block, so that a stopped terminal stops the reading
+        if sys.platform != "win32":
+            wait_for_foreground()
+            self._as_it_was = termios.tcgetattr(0)
+            handle((signal.SIGCONT,), lambda *_: self._call(self._resume))
+            self._hush()
+
+    # Runs in the receive thread
+
+    def show(self, block: bytes) -> None:
+        with self._changed:
+            self._rows += self._style.rows(block)
+            if self._is_editing:
+                self._call(self._catch_up)
+                self._changed.wait_for(lambda: not self._rows)
+            else:
+                self._catch_up()
+
+    def wake(self) -> bool:
+        if sys.platform != "win32":
+            return super().wake()
+        self._call(self._exit)
+        return True
+
+    # Runs in the main thread
+
+    def line(self, unsent: str) -> str:
+        self._hush()  # again, as after Ctrl-Z the shell may have changed that
+        self._app.erase_when_done = False
+        with self._changed:
+            self._is_editing = True
+        try:
+            return self._session.prompt(default=unsent, pre_run=self._catch_up, handle_sigint=False)
+        finally:
+            with self._changed:
+                self._catch_up()
+                self._is_editing = False
+            if self._is_over:
+                raise Interrupted
+
+    def _hush(self) -> None:
+        """Have the kernel leave what is typed or pasted between two lines as it is, and not echo it."""
+        if sys.platform != "win32":
+            with contextlib.suppress(termios.error):  # it is gone
+                settings = termios.tcgetattr(0)
+                settings[0] &= ~termios.ICRNL
+                settings[3] &= ~(termios.ECHO | termios.ICANON)
+                termios.tcsetattr(0, termios.TCSANOW, settings)
+
+    def close(self) -> None:
+        if sys.platform != "win32":
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(0, termios.TCSANOW, self._as_it_was)
+
+    def leave_line(self, ctrl_c: bool) -> None:
+        """Do nothing: prompt_toolkit begins a new row."""
+
+    def end_line(self) -> None:
+        if not self._is_editing:
+            raise Interrupted
+        self._is_over = True
+        self._call(self._catch_up)
+
+    # Runs in the loop, or where there is none
+
+    def _catch_up(self) -> None:
+        """Show the rows, and end the line, if that is due."""
+        with self._changed:
+            if self._rows:
+                if self._app.is_running:
+                    self._app.renderer.erase()
+                self._write(self._rows)
+                self._rows = b""
+                self._changed.notify()
+                self._app.invalidate()
+        if self._is_over:
+            self._exit()
+
+    def _exit(self) -> None:
+        """Have ``line`` raise Interrupted, with what is half-typed left on the screen."""
+        if self._app.is_running and not self._app.is_done:
+            self._app.erase_when_done = not self._session.default_buffer.text  # or an empty row would stay
+            self._app.exit(exception=Interrupted)
+
+    def _complete(self, event: Any) -> None:
+        """Complete the label that was begun, or list those that begin so; if there is none, Tab is a character."""
+        buffer = event.current_buffer
+        begun = re.split("[\t ]", buffer.document.text_before_cursor)[-1]
+        is_pasted = bool(event.key_processor.input_queue)
+        labels = self.people.beginning(begun) if begun and not is_pasted else []
+        same = 0
+        while len({label[: same + 1].lower() for label in labels}) == 1 and same < len(labels[0]):
+            same += 1
+        if not labels:
+            buffer.insert_text("\t")
+        elif same > len(begun) or len(labels) == 1:
+            buffer.delete_before_cursor(len(begun))
+            buffer.insert_text(labels[0][:same])
+        else:
+            with self._changed:
+                self._rows += f"{'  '.join(labels)}\n".encode()
+                self._catch_up()
+
+    def _resume(self) -> None:
+        """Make the terminal ours again, and draw the line, if somebody else has had it."""
+        if sys.platform != "win32" and self._app.is_running and termios.tcgetattr(0)[3] & termios.ICANON:
+            self._app.input.raw_mode().__enter__()
+            self._app.renderer.erase()
+            self._app.invalidate()
+
+    # Runs in any thread
+
+    def _call(self, function: Callable[[], object]) -> None:
+        """Have the loop call this, if it runs."""
+        loop = self._app.loop
+        if loop:
+            with contextlib.suppress(RuntimeError):  # it has just been closed
+                loop.call_soon_threadsafe(function)
+
+    def _write(self, data: bytes) -> None:
+        if sys.platform == "win32":  # where only prompt_toolkit has the console understand colours
+            self._app.output.enable_autowrap()
+            self._app.output.write_raw(data.decode())
+            self._app.output.flush()
+        else:
+            super()._write(data)
+
+
+EDITORS.insert(1, PromptToolkitEditor)  # better than libedit, and all that there is on Windows
+
+
 def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     """Return the screen that suits the terminal, or the pipe, and the options."""
-    term = os.environ.get("TERM") or "dumb"
+    term = os.environ.get("TERM") or ("" if sys.platform == "win32" else "dumb")  # Windows sets none
     plain = options.plain or not (os.isatty(0) and os.isatty(1)) or term == "dumb"
     colours: Sequence[bytes] = COLOURS_OF_256 if "256" in term or os.environ.get("COLORTERM") else COLOURS_OF_8
     if plain or options.no_color or os.environ.get("NO_COLOR"):

@@ -186,7 +186,10 @@ class Typing(TestCase):
             self.assertEqual(client.screen(), f"{GREETING}\n\n54383:Hello!\nHi!\n")
 
     def test_a_paste_of_five_hundred_lines_is_sent_in_order_and_shown_once(self) -> None:
-        lines = [f"pasted line {number}" for number in range(500)]
+        self.paste(500)
+
+    def paste(self, count: int) -> None:
+        lines = [f"pasted line {number}" for number in range(count)]
         with Judged(10, "--no-color") as client:
             background = Background()
             background.run(client.type, "".join(f"{line}\r" for line in lines))
@@ -227,6 +230,7 @@ class Typing(TestCase):
             client.type("half a li" + LEFT)
             while saying.is_alive():
                 client._read(0.1)
+            client.wait_for("half a li\b")  # or the last message would come before what was typed is read
             messages.append("54358:the last")
             client.say(messages[-1:])
             received: list[str] = []
