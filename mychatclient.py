@@ -384,11 +384,16 @@ if sys.platform != "win32":
         library = ctypes.CDLL(None)
         return library if hasattr(library, "rl_redisplay") else ctypes.CDLL(module.__file__)
 
+    def is_in_background() -> bool:
+        """Return whether somebody else has the terminal, as long as it is this process's own."""
+        with contextlib.suppress(OSError):  # it is not
+            return os.tcgetpgrp(0) != os.getpgrp()
+        return False
+
     def wait_for_foreground() -> None:
         """Stop in the background, as who reads from the terminal there is stopped, until the shell calls back."""
-        with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
-            if os.tcgetpgrp(0) != os.getpgrp():
-                os.killpg(0, signal.SIGTTIN)
+        if is_in_background():
+            os.killpg(0, signal.SIGTTIN)
 
     class LineEditor(Screen):
         """A terminal with a line editor, on which what comes is shown above the half-typed line, and never in it.
@@ -420,7 +425,7 @@ if sys.platform != "win32":
                 editor.module.parse_and_bind(setting)
             editor.module.set_completer(self._complete)
             editor.module.set_completer_delims(" \t")
-            self._wait_for_foreground()  # in the background the terminal is as the shell's own editor has it
+            wait_for_foreground()  # in the background the terminal is as the shell's own editor has it
             try:
                 self._as_it_was = termios.tcgetattr(0)
             except termios.error as error:
@@ -537,7 +542,7 @@ if sys.platform != "win32":
 
         def _resume(self, *_: object) -> None:
             """Make the terminal ours again, and draw the line, if somebody else has had it."""
-            self._wait_for_foreground()  # else the editor would read what the shell types, and stop where it reads
+            wait_for_foreground()  # else the editor would read what the shell types, and stop where it reads
             with contextlib.suppress(termios.error):  # it is gone
                 if (
                     termios.tcgetattr(0) != self._prepared
@@ -548,19 +553,9 @@ if sys.platform != "win32":
 
         # The terminal
 
-        def _is_in_background(self) -> bool:
-            with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
-                return os.tcgetpgrp(0) != os.getpgrp()
-            return False
-
-        def _wait_for_foreground(self) -> None:
-            """Stop in the background, as who reads from the terminal there is stopped, until the shell calls back."""
-            if self._is_in_background():
-                os.killpg(0, signal.SIGTTIN)
-
         def _set_terminal(self, settings: list[Any]) -> bool:
             """Change the terminal's settings, if this process may; return whether that is so."""
-            if self._is_in_background():
+            if is_in_background():
                 return False
             with contextlib.suppress(termios.error):  # it is gone
                 termios.tcsetattr(0, termios.TCSANOW, settings)
@@ -867,7 +862,7 @@ def connect(host: str, port: int) -> socket.socket:
         if sock.getsockname() == sock.getpeername():  # our own end: the system gave us the port that nobody listens on
             raise ConnectionRefusedError
         options = dict(KEEPALIVE)
-        if os.isatty(0) and not ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback:
+        if os.isatty(0) and not ipaddress.ip_address(peer_host(sock)).is_loopback:
             options["TCP_USER_TIMEOUT"] = VANISHED_SECONDS * 1_000  # keepalive does not ask while something is unsent
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -875,6 +870,11 @@ def connect(host: str, port: int) -> socket.socket:
             with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return sock
+
+
+def peer_host(sock: socket.socket) -> str:
+    """Return the address of the other end, without the interface that a link-local one has behind it."""
+    return str(sock.getpeername()[0]).partition("%")[0]
 
 
 def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, port: int) -> str:

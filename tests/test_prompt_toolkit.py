@@ -237,11 +237,6 @@ class Typing(WithoutReadline, test_terminal.Typing):
 @test_terminal.NEEDS_PYTE
 @NEEDS_PROMPT_TOOLKIT
 class Endings(WithoutReadline, test_terminal.Endings):
-    # prompt_toolkit takes Ctrl-S for a key: it holds nothing.
-    test_sigterm_while_ctrl_s_holds_the_screen = None  # type: ignore[assignment]
-    test_sigterm_while_ctrl_s_holds_what_was_typed = None  # type: ignore[assignment]
-    test_sigterm_while_the_screen_takes_nothing_more = None  # type: ignore[assignment]
-
     def half_typed(self) -> test_terminal.Judged:
         client = super().half_typed()
         client.wait_for("half a li")

@@ -93,9 +93,9 @@ class Judged(Terminal):
         return True
 
     def wait_to_write(self) -> None:
-        """Wait until the client waits for the terminal to take something."""
+        """Wait until the client waits for the terminal to take something, or has ended."""
         waiting = pathlib.Path(f"/proc/{self.process.pid}/wchan")
-        eventually(lambda: waiting.read_text() == "wait_woken")
+        eventually(lambda: waiting.read_text() == "wait_woken" or self.process.poll() is not None)
 
     def press(self, keys: str) -> None:
         """Type like a person: what comes behind a Tab comes later."""
