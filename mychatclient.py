@@ -958,7 +958,9 @@ def read_line(sock: socket.socket, deadline: float) -> bytes:
 
 
 def check_beginning(block: bytes) -> None:
-    """Raise FatalConnectError when a server begins with what no chat server says, and tell what it is."""
+    """Raise FatalConnectError when a server begins with what ends the chat, and tell what that is."""
+    if block.startswith(QUESTION):
+        raise FatalConnectError(ASKED_LATE)
     if block[:9].upper().startswith((b"HTTP/", b"<!DOCTYPE", b"<HTML")):
         raise FatalConnectError("that is a web server; check host and port.")
     # Alert, handshake: RFC 8446, 5.1; or what mychatserver.py says.
@@ -1240,12 +1242,20 @@ class Conversation:
 
     def _receive(self) -> None:
         """Show what comes until the last connection ends; then get the main thread out of its wait."""
+        tries = 0  # to connect again, since a connection was steady
         try:
-            tries, begun = 0, time.monotonic()
-            while self._show_what_comes():
+            while True:
+                begun = time.monotonic()
+                self._problem = self._show_what_comes()
                 if time.monotonic() - begun > STEADY_SECONDS:
                     tries = 0
-                tries, begun = self._reconnect(tries), time.monotonic()
+                if not self._problem or self._is_leaving:
+                    break
+                self._tell_loss()
+                if not self._connect_again:
+                    break
+                self._problem = None  # it has been told
+                tries = self._reconnect(self._connect_again, tries)
         except Interrupted:
             pass  # the main thread leaves
         except FatalConnectError as error:
@@ -1275,54 +1285,42 @@ class Conversation:
             if sock in ready or not ready:
                 return bool(ready)
 
-    def _show_what_comes(self) -> bool:
-        """Show what comes until the connection ends; return whether it was lost and is to be replaced.
+    def _show_what_comes(self) -> str | None:
+        """Show what comes until the connection ends; return why it was lost, if it was.
 
-        Raises FatalConnectError where that would be no use.
+        Raises FatalConnectError where connecting again would be no use, and Interrupted.
         """
         begun = time.monotonic()
-        was_let_in, last, self._problem = False, b"", None
+        number, block = 0, b""
         try:
-            for number, block in enumerate(received(self._connection.sock, self._has_come)):
-                if number == 0:
+            for number, block in enumerate(received(self._connection.sock, self._has_come), 1):
+                if number == 1:
                     check_beginning(block)
                 block = clean(block.replace(b"\r\n", b"\n"))
-                if number == 0 and block.startswith(QUESTION):
-                    raise FatalConnectError(ASKED_LATE)
-                was_let_in = number > 0 or not block.startswith(REFUSED)
-                last = block[block.rfind(b"\n", 0, -1) + 1 :]
                 self._screen.show(block)
                 if self._screen.gone:
-                    return False
+                    return None
         except OSError as error:
-            self._problem = lost(error)
-        else:
-            self._problem = self._connection.problem or None
-            if last.startswith(REFUSED):
-                self._problem = TURNED_AWAY
-                if was_let_in or time.monotonic() - begun > ADMITTED_SECONDS:
-                    raise FatalConnectError(TURNED_AWAY)
-            elif not self._is_leaving:
-                self._problem = self._problem or SERVER_CLOSED
-        if not self._problem or self._is_leaving:
-            return False
+            return lost(error)
+        if block[block.rfind(b"\n", 0, -1) + 1 :].startswith(REFUSED):
+            if number > 1 or not block.startswith(REFUSED) or time.monotonic() - begun > ADMITTED_SECONDS:
+                raise FatalConnectError(TURNED_AWAY)  # it had let us in
+            return TURNED_AWAY
+        return self._connection.problem or (None if self._is_leaving else SERVER_CLOSED)
+
+    def _tell_loss(self) -> None:
         doubtful = self._connection.doubtful_lines()
         lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
         told = f"* {lines} perhaps not delivered\n" if doubtful else ""
         told += "* connection lost, trying again\n" if self._connect_again else ""
         if told:
             self._screen.show(told.encode())
-        if not self._connect_again:
-            return False
-        self._problem = None  # it has been told
-        return True
 
-    def _reconnect(self, tries: int) -> int:
+    def _reconnect(self, connect_again: Callable[[], Connection], tries: int) -> int:
         """Try to connect until that works, and say so; return how often that was tried since one was steady.
 
         Raises Interrupted when the main thread leaves, and FatalConnectError.
         """
-        assert self._connect_again  # noqa: S101 - for mypy
         self._is_connected = False
         with contextlib.suppress(OSError):  # whoever is sending is to notice
             self._connection.sock.shutdown(socket.SHUT_RDWR)
@@ -1330,7 +1328,7 @@ class Conversation:
             self._has_come(None, RECONNECT_SECONDS[min(tries, len(RECONNECT_SECONDS) - 1)])
             tries += 1
             try:
-                connection = self._connect_again()
+                connection = connect_again()
             except FatalConnectError:
                 raise
             except (OSError, UnicodeError, NotConnected):  # not yet

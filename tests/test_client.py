@@ -36,6 +36,7 @@ from tests.support import (
     home_made_server,
     needs_command,
     numbered_lines,
+    without,
 )
 
 GREETING = "Connected to chat server. Type 'exit' to leave."
@@ -611,6 +612,7 @@ class Quitting(TestCase):
             ending.clear()
             with (
                 self.subTest(library=library),
+                without("prompt_toolkit"),
                 mock.patch.dict(os.environ, {"LD_PRELOAD": library}),
                 home_made_server(serve) as port,
                 Terminal(sys.executable, "-c", SLOW_TO_COMPLETE, "--no-color", LOOPBACK, str(port)) as terminal,

@@ -14,16 +14,14 @@ import random
 import signal
 import socket
 import sys
-import tempfile
 import termios
 import time
 import unittest
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 from tests import test_reference, test_terminal
-from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase, eventually
+from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase, eventually, without
 from tests.test_terminal import GREETING
 
 LONG = "MYCHAT_LONG" in os.environ
@@ -81,15 +79,6 @@ class Judged(test_terminal.Judged, Emulated):
 
         eventually(is_settled)
         return self.shows()
-
-
-@contextlib.contextmanager
-def without(*modules: str, error: str = "ImportError") -> Iterator[None]:
-    """Have programs that try to import one of these modules get this exception."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"PYTHONPATH": folder}):
-        for module in modules:
-            pathlib.Path(folder, f"{module}.py").write_text(f"raise {error}('there is none here')\n")
-        yield
 
 
 class WithoutReadline(unittest.TestCase):

@@ -19,7 +19,18 @@ import unittest
 from collections.abc import Iterator
 from unittest import mock
 
-from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase, as_text, eventually
+from tests.support import (
+    CLIENT,
+    LOOPBACK,
+    SECONDS,
+    Background,
+    Overdue,
+    Terminal,
+    TestCase,
+    as_text,
+    eventually,
+    without,
+)
 
 # A short form runs without it, in tests.test_client and tests.test_reference.
 NEEDS_PYTE = unittest.skipUnless(importlib.util.find_spec("pyte"), "needs pyte: pip install -e '.[dev]'")
@@ -549,9 +560,9 @@ class Libedit(TestCase):
     """As on macOS, imitated by preloading it: lines that fit a row are safe."""
 
     def setUp(self) -> None:
-        preload = mock.patch.dict(os.environ, {"LD_PRELOAD": LIBEDIT[0]})
-        preload.start()
-        self.addCleanup(preload.stop)
+        for patch in (without("prompt_toolkit"), mock.patch.dict(os.environ, {"LD_PRELOAD": LIBEDIT[0]})):
+            patch.__enter__()
+            self.addCleanup(patch.__exit__, None, None, None)
 
     def test_half_typed_lines_of_one_row(self) -> None:
         for shape in ("short", "cursor in the middle", "cursor at the start", "wide characters"):
