@@ -6,13 +6,13 @@ standard input it is a filter: it sends what it reads, half-closes at the end, a
 server closes.
 
 The threads, and who owns what
-    main      the input loop: blocks in ``input()`` or in reading the pipe, and sends. With readline it also draws.
-    receive   reads the connection and has the screen show it. When the connection ends it interrupts the input loop.
-    watch     reads the numbers of signals as they come, and sees to it that the main thread handles them.
+    main      the input loop: waits for what is typed or piped, and sends it. All signals are handled here, and with a
+              line editor everything is drawn here.
+    receive   reads the connection, has the screen show what came, and connects again. When nothing more comes it
+              interrupts the input loop.
 
-``--lan`` finds a server on the same network; ``--ssh`` reaches one through the user's own ssh, a program of its own
-beside this one, on whose standard input and output the chat then runs as on any socket. ``--tls`` encrypts, on a socket
-of another kind.
+The chat runs over a plain socket. ``--tls`` and ``--ssh`` put something in between, on the other end of a socket pair:
+a thread that encrypts, or the user's own ssh. ``--lan`` finds a server on the same network.
 
 The wire is lines of UTF-8, as the server's docstring tells. A server that never sends a newline is shown too: what it
 sent counts as a line after a second of silence.
@@ -20,7 +20,13 @@ sent counts as a line after a second of silence.
 
 from __future__ import annotations
 
+import sys
+
+if (python := sys.version_info) < (3, 9):  # a SyntaxError here? This Python is too old: use Python 3.9 or newer.
+    sys.exit("This Python is too old, {}.{}: use Python 3.9 or newer.".format(*python[:2]))
+
 import argparse
+import collections
 import contextlib
 import errno
 import functools
@@ -31,16 +37,14 @@ import ipaddress
 import os
 import re
 import secrets
-import selectors
+import select
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 import unicodedata
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     import ssl  # at run time only where somebody asks for TLS: some Pythons have none
 
 with contextlib.suppress(ImportError):  # Windows has none
+    import fcntl
     import termios
 
 __version__ = "1.0"
@@ -56,66 +61,10 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 12000
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
-REFUSALS = b"* server full", b"* server stopping", b"* too many"
-TURNED_AWAY = "the server has turned this client away; try again later."
-NEEDS_TLS = "that server speaks TLS; join it with --tls, or with --tls-ca and its certificate."
-SERVER_CLOSED = "the server closed the connection; try again later."
 
-QUESTION = b"* password?\n"
-NOT_ASKED = "* the server asked for no password"
-TOO_EARLY = "* what you entered before the password was not sent"
-ASKED_LATE = "the server asked for the password later than a client waits for that; try again later."
-UNANSWERED = "the server asks for a password: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
-
-CONNECT_SECONDS = 10.0  # for all addresses of a name together
-KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
 READ_BYTES = 65_536  # read at once, from the connection and from a pipe
 MAX_LINE_BYTES = 65_536  # that a person may send: what the server takes
-MAX_SHOWN_BYTES = 262_144  # shown as one line: more than a chat server sends, and a bound for any other
-SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has finished its line
-LEAVE_SECONDS = 1.0  # for the server to close, after a person has typed exit
-COLOURS = 31, 32, 34, 35, 36  # of labels: what can be read on dark and on light
-BOLD, DIM, PLAIN_TEXT = b"\x1b[1m", b"\x1b[2m", b"\x1b[m"
-LABELS_REMEMBERED = 1_000  # for completion
-RL_STATE_CALLBACK = 0x80000  # a line is being edited: readline.h
-RL_STATE_COMPLETING = 0x4000  # what is raised in our completer would be swallowed
-RL_STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
-EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
 INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
-RECONNECT_SECONDS = 0.5, 1.0, 2.0, 5.0  # before each try to connect again; the last for ever
-STEADY_SECONDS = 10.0  # a connection that lasted so long: the pauses begin anew
-ADMITTED_SECONDS = 0.5  # in which a server that turns somebody away has said so
-STUCK_SECONDS = 2.0  # after which a main thread that has to end is stuck, behind Ctrl-S for example
-
-# By name, as Windows has not all of them.
-OWN_SIGNALS = {number for number in signal.Signals if number.name == "SIGURG"}  # to interrupt the main thread
-LAST_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
-
-NOT_SENT = "* not connected: this line was not sent"
-LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
-
-QUESTION_SECONDS = 2.0  # in which a server that wants a password has asked for it
-ANSWER_SECONDS = 10.0  # in which it has taken or refused what it was given
-
-DISCOVERY_GROUP = "239.255.109.99"  # and the port: see the server's Discovery
-DISCOVERY_PORT = 12000
-EVERYONE = "255.255.255.255"
-IP_PKTINFO = 8  # Linux: ip(7); the socket module names it from 3.14 on
-QUESTION_BYTES = 128  # of each question, and no answer has more
-ASK_SECONDS = 0.25  # until the question is asked again: a datagram may be lost, a sleeping radio late
-ASKS = 3, 8  # least, so that a second server is noticed too, and most, when nobody answers
-MOST_FOUND = 20  # servers: a rude neighbour could answer for thousands
-
-X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
-HANDSHAKE_SECONDS = 10.0  # in which a server must have shown that it speaks TLS, and whose it is
-TLS_PIECE_BYTES = 65_536  # encrypted at once, when what was encrypted before is sent
-TLS_OUTPUT_BYTES = 65_536  # unsent, that a server's TLS may have ours answer
-
-SSH_READY = b"mychat-is-through"  # what ssh has our side say when it has authenticated
-SSH_REFUSAL_SECONDS = 0.5  # in which the other machine most probably tells that no server is there
-SSH_ALIVE_SECONDS = 30  # between two signs of life: a router at home forgets a silent connection in minutes
-SSH_AGAIN_SECONDS = 20.0  # for ssh to get through again: it may hang where ConnectTimeout does not count
-SSH_END_SECONDS = 1.0  # for ssh to take the last lines along and end
 
 
 # --- Lines: what may be shown, on anybody's screen --------------------------------------------------------------------
@@ -125,11 +74,6 @@ PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])
 TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-# What others said, and what the server says of people: to know their labels.
-SPOKEN = re.compile("([^ :*]{1,64}):(.*)")  # no label is longer
-HERE = re.compile(r"\* \d+ here: (.*?)(?:, and .*)?")
-NOTICE = re.compile(r"\* ([^ :]{1,64}) (?:is now ([^ :]{1,64})$|(joined$|left$|to you:))")
-EXIT = re.compile(rb"(?:^|\n|\r\0)(?:[\t ]*exit|/quit)[\t ]*(?:\r?\n|\r\0)")
 
 
 def clean(block: bytes) -> bytes:
@@ -142,6 +86,23 @@ def clean(block: bytes) -> bytes:
 
 # --- The screen: everything that is shown goes through here -----------------------------------------------------------
 
+# What others say, and what the server says of people: to know their labels.
+LABEL = "([^ :*]{1,64})"  # the server's are 24 characters and another server's name
+SPEECH = re.compile(f"{LABEL}:(.*)")
+WHO = re.compile(r"\* \d+ here: (.*?)(?:, and .*)?")
+NOTICE = re.compile(rf"\* {LABEL} (?:is now {LABEL}$|(joined$|left$|to you:))")
+LABELS_REMEMBERED = 1_000  # with their colours, and for completion
+HISTORY = re.compile(rb"\* the last (?:line|\d+ lines):")
+LIVE_AGAIN = b"* live from here", b"* connected again"
+# Of labels, with a contrast of 4 or more on black and on white both: of a terminal's 256, or of its first 8.
+COLOURS_OF_256 = tuple(b"\x1b[38;5;%dm" % number for number in (28, 161, 27, 130, 164, 30, 99, 64, 31, 131))
+COLOURS_OF_8 = b"\x1b[31m", b"\x1b[32m", b"\x1b[35m", b"\x1b[36m"
+BOLD, GREY, PLAIN_TEXT = b"\x1b[1m", b"\x1b[38;5;243m", b"\x1b[m"
+
+
+class Interrupted(Exception):
+    """The conversation is over while the main thread waited for input."""
+
 
 class People:
     """Who was heard of, as the lines that came tell, and what we are called ourselves."""
@@ -149,19 +110,21 @@ class People:
     def __init__(self, own_label: str) -> None:
         self.own_label = own_label
         self.asked_for = ""  # the name that we asked for last
-        self.labels: dict[str, None] = {}  # the latest last
+        self.labels: dict[str, int] = {}  # the latest last, each with the number of its colour
+        self._arrived = 0  # labels so far
 
     def heard(self, line: bytes) -> bool:
         """Take note of the labels in a line; return whether it is for us: a private word, or one that names us."""
         text = line.decode("utf-8", "replace")
-        spoken = SPOKEN.fullmatch(text)
-        if spoken:
-            self._saw(spoken[1])
-            return bool(self.own_label and re.search(rf"(?<!\w){re.escape(self.own_label)}(?!\w)", spoken[2]))
+        speech = SPEECH.fullmatch(text)
+        if speech:
+            self._saw(speech[1])
+            named = rf"(?<!\w){re.escape(self.own_label)}(?!\w)"
+            return bool(self.own_label and re.search(named, speech[2], re.IGNORECASE))
         if text.startswith(("* name '", "* not a name: ")):
             self.asked_for = ""
-        here = HERE.fullmatch(text)
-        for label in here[1].split(", ") if here else ():
+        who = WHO.fullmatch(text)
+        for label in who[1].split(", ")[:LABELS_REMEMBERED] if who else ():
             self._saw(label.removesuffix(" (you)"))
         notice = NOTICE.match(text)
         if notice:
@@ -169,15 +132,24 @@ class People:
             # The server may see us come from another port than we do.
             if new_label and (label == self.own_label or new_label == unicodedata.normalize("NFKC", self.asked_for)):
                 self.own_label, self.asked_for = new_label, ""
-            if new_label or verb == "left":
+            if new_label and label in self.labels:
+                self.labels[new_label] = self.labels.pop(label)  # with its colour
+            elif verb == "left":
                 self.labels.pop(label, None)
-            if verb != "left":
+            else:
                 self._saw(new_label or label)
         return bool(notice and notice[3] == "to you:")
 
+    def beginning(self, begun: str) -> list[str]:
+        """Return the labels that begin so, whatever the case, the latest last."""
+        return [label for label in list(self.labels) if label.casefold().startswith(begun.casefold())]
+
     def _saw(self, label: str) -> None:
-        self.labels.pop(label, None)
-        self.labels[label] = None
+        if not re.fullmatch(LABEL, label):  # a server may say anything
+            return
+        if label not in self.labels:
+            self._arrived += 1
+        self.labels[label] = self.labels.pop(label, self._arrived - 1)
         if len(self.labels) > LABELS_REMEMBERED:
             del self.labels[next(iter(self.labels))]
 
@@ -185,35 +157,51 @@ class People:
 class Style:
     """How a line that came is shown: as it is, or with colour, with the time, with a bell."""
 
-    def __init__(self, people: People, colour: bool, clock: bool, bell: bool, learn: bool) -> None:
+    def __init__(
+        self,
+        people: People,
+        colours: Sequence[bytes] = (),
+        clock: bool = False,
+        bell: bool = False,
+        learn: bool = False,
+    ) -> None:
         self.people = people
-        self._colour = colour
+        self._colours = colours
+        self._notice = GREY if colours is COLOURS_OF_256 else b""
         self._clock = clock
+        self._in_history = False  # what comes was said earlier, nobody knows when
         self._bell = bell
-        self._learn = learn or colour or bell  # who is heard of
+        self._learn = learn or bool(colours) or bell  # who is heard of
 
     def rows(self, block: bytes) -> bytes:
         """Return the lines of ``block`` with an empty row before each."""
         if not (self._learn or self._clock):
             return b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n"
-        now = time.strftime("%H:%M ").encode() if self._clock else b""
-        return b"".join(b"\n" + now + self._row(line) + b"\n" for line in block[:-1].split(b"\n"))
+        return b"".join(b"\n" + self._row(line) + b"\n" for line in block[:-1].split(b"\n"))
 
     def _row(self, line: bytes) -> bytes:
         is_for_us = self._learn and self.people.heard(line)
-        bell = b"\a" if is_for_us and self._bell else b""
-        if self._colour:
+        row = line
+        if self._colours:
             label, colon, text = line.partition(b":")
+            number = self.people.labels.get(label.decode("utf-8", "replace"))
             if line.startswith(b"* "):
-                line = (BOLD if is_for_us else DIM) + line + PLAIN_TEXT
-            elif colon and b" " not in label:
-                colour = b"\x1b[%dm" % COLOURS[zlib.crc32(label) % len(COLOURS)]
-                line = colour + label + PLAIN_TEXT + b":" + (BOLD + text + PLAIN_TEXT if is_for_us else text)
-        return line + bell
+                before = BOLD if is_for_us else self._notice
+                row = before + line + PLAIN_TEXT if before else line
+            elif colon and number is not None:
+                colour = self._colours[number % len(self._colours)]
+                row = colour + label + PLAIN_TEXT + b":" + (BOLD + text + PLAIN_TEXT if is_for_us else text)
+        if line in LIVE_AGAIN:
+            self._in_history = False
+        if self._clock and not self._in_history:
+            row = time.strftime("%H:%M ").encode() + row
+        if HISTORY.fullmatch(line):
+            self._in_history = True
+        return row + (b"\a" if is_for_us and self._bell else b"")
 
 
 class Screen:
-    """Owns standard output, and what is typed. Any thread may show something, and blocks while standard output does."""
+    """A plain screen, which is only added to; it owns standard output, and what is typed."""
 
     def __init__(self, style: Style) -> None:
         self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written
@@ -225,50 +213,58 @@ class Screen:
         # One message at a time; but a handler of signals may have to say something in the middle of one.
         self._lock = threading.RLock()
 
+    # Runs in the receive thread
+
     def show(self, block: bytes) -> None:
-        """Show whole lines that came from the server, below an empty row each."""
+        """Show whole lines that came from the server, below an empty row each. Blocks while standard output does."""
         self._write(self._style.rows(block))
+
+    def wake(self) -> bool:
+        """Have the main thread call the handler of signals; return whether its wait for a line can be ended at all.
+
+        To be called again until the main thread has noticed: a signal that comes just before it blocks does nothing.
+        """
+        if sys.platform == "win32":
+            return False
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+        return True
+
+    # Runs in the main thread
 
     def say(self, text: str) -> None:
         """Show a line of our own."""
         self._write(f"{text}\n".encode())
 
     def notice(self, text: str) -> None:
-        """Show a notice of our own, from the main thread, as if it came from the server."""
+        """Show a notice of our own as if it came from the server."""
         self._write(self._style.rows(f"{text}\n".encode()))
-
-    def draw(self) -> None:
-        """Show what another thread wants shown, if only the main thread can."""
-
-    def is_busy(self) -> bool:
-        """Return whether a handler of signals may neither draw nor raise now."""
-        return False
 
     def line(self, unsent: str) -> str:
         """Return the next line entered; it may begin with ``unsent``. Blocks; raises EOFError at Ctrl-D."""
         return input()
 
-    def secret(self) -> bytes:
-        """Return the password that a person enters, unseen. Blocks; raises EOFError at Ctrl-D."""
-        return password_typed()
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+    # Runs in the main thread, in the handler of signals
+
+    def draw(self) -> None:
+        """Show what another thread wants shown, if only the main thread can."""
+
+    def is_busy(self) -> bool:
+        """Return whether the handler may neither draw nor raise now."""
+        return False
 
     def leave_line(self, ctrl_c: bool) -> None:
         """Begin a new row below what is half-typed, as far as that is known: after ``ctrl_c`` the row has a ^C."""
         if ctrl_c and os.isatty(1):
             self.say("")
 
-    def release(self) -> None:
-        """Let whoever is writing go on, if the terminal takes nothing more; what waited to be shown may be lost."""
+    def end_line(self) -> None:
+        """Raise Interrupted out of whatever the main thread waits in, ``line`` above all."""
+        raise Interrupted
 
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-
-    def die(self, number: int, frame: object) -> None:
-        """End by a signal, at once, with the terminal as it was; a handler of signals."""
-        self.leave_line(ctrl_c=False)
-        self.close()
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
+    # Runs in any thread
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -284,56 +280,167 @@ class Screen:
                     self.problem = error.strerror or str(error)
 
 
+EDITORS: list[Callable[[Style], Screen]] = []  # the best first; raises UNUSABLE where there is none
+UNUSABLE = ImportError, AttributeError, OSError, ValueError
+
 if sys.platform != "win32":
 
+    class GnuReadline:
+        """What a LineEditor asks of GNU readline, which tells all: what is typed, and in which rows it is drawn."""
+
+        COMPLETE_BY_TAB = "tab: complete"
+        STATE_COMPLETING = 0x4000  # readline.h
+        STATE_CALLBACK = 0x80000  # a line is being edited
+        STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
+        leaves_row_of_empty_line = False  # without a prompt, that is
+        leaves_row_of_ctrl_d = True
+
+        def __init__(self) -> None:
+            import ctypes
+
+            self.module = readline_module(is_libedit=False)
+            self.library = c_library(self.module)
+            integer = ctypes.c_int.in_dll
+            self._end, self._point = integer(self.library, "rl_end"), integer(self.library, "rl_point")
+            self._state = ctypes.c_ulong.in_dll(self.library, "rl_readline_state")
+            self._stream = ctypes.c_void_p.in_dll(self.library, "rl_outstream")
+            for function in ("rl_clear_visible_line", "rl_on_new_line", "rl_redisplay"):
+                getattr(self.library, function)  # raises AttributeError where one is missing
+
+        def begin(self, unsent: str) -> None:
+            self.module.set_startup_hook(functools.partial(self.module.insert_text, unsent) if unsent else None)
+
+        def is_completing(self) -> bool:
+            return bool(self._state.value & self.STATE_COMPLETING)
+
+        def is_half_typed(self, is_editing: bool) -> bool:
+            """Return whether there is something of a line; readline's own state tells whether that one is edited."""
+            state = self._state.value
+            return bool(state & self.STATE_CALLBACK and (self._end.value or state & self.STATES_PENDING))
+
+        def clear_line(self) -> bytes:
+            """Take the line off the screen; return what is to be written first."""
+            self.library.rl_clear_visible_line()
+            self._flush()
+            return b""
+
+        def draw_line(self) -> None:
+            self.library.rl_on_new_line()
+            self.library.rl_redisplay()
+
+        def go_to_end_of_line(self) -> None:
+            self._point.value = self._end.value
+            self.library.rl_redisplay()
+            self._flush()
+
+        def _flush(self) -> None:
+            """Empty C's buffer, which readline writes to: what we write passes it by, and would come first."""
+            self.library.fflush(self._stream)
+
+    class Libedit:
+        """The same of libedit, as on macOS, which tells little: right for lines that fit a row.
+
+        So a line counts as half-typed all the time that it is edited: the cursor's row is cleared, and the line drawn
+        again, if there is one. (What libedit draws again lacks combining marks; what is sent has them.)
+        """
+
+        COMPLETE_BY_TAB = "bind ^I rl_complete"
+        leaves_row_of_empty_line = True
+        leaves_row_of_ctrl_d = False
+
+        def __init__(self) -> None:
+            self.module = readline_module(is_libedit=True)
+            self.library = c_library(self.module)
+
+        def begin(self, unsent: str) -> None:
+            """Begin with nothing: libedit never calls the hook that could insert."""
+
+        def is_completing(self) -> bool:
+            return False
+
+        def is_half_typed(self, is_editing: bool) -> bool:
+            return is_editing
+
+        def clear_line(self) -> bytes:
+            return b"\r\x1b[K"
+
+        def draw_line(self) -> None:
+            self.library.rl_forced_update_display()
+
+        def go_to_end_of_line(self) -> None:
+            """Leave the cursor where it is: there is no telling."""
+
+    def readline_module(is_libedit: bool) -> Any:
+        """Return Python's module readline if it is made with that library; raise ImportError if not."""
+        module = importlib.import_module("readline")
+        if ("libedit" in (module.__doc__ or "")) != is_libedit:
+            raise ImportError
+        return module
+
+    def c_library(module: Any) -> Any:
+        """Return the library that a module uses, found as the linker found it: in the program, else through it."""
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "rl_redisplay") else ctypes.CDLL(module.__file__)
+
+    def is_in_background() -> bool:
+        """Return whether somebody else has the terminal, as long as it is this process's own."""
+        with contextlib.suppress(OSError):  # it is not
+            return os.tcgetpgrp(0) != os.getpgrp()
+        return False
+
+    def wait_for_foreground() -> None:
+        """Stop in the background, as who reads from the terminal there is stopped, until the shell calls back."""
+        if is_in_background():
+            os.killpg(0, signal.SIGTTIN)
+
     class LineEditor(Screen):
-        """A terminal with GNU readline, on which what comes is shown above the half-typed line, and never in it.
+        """A terminal with a line editor, on which what comes is shown above the half-typed line, and never in it.
 
         Only the main thread draws. The receive thread leaves a block and sends the main thread a signal, for which
-        ``draw`` is called. While a person types, the main thread waits in select() inside of readline; a signal
-        interrupts that, and CPython calls its handler there, between two keystrokes, when readline's state is whole.
-        So ``draw`` may have readline take its line off the screen, write, and have it draw the line again. While a
+        ``draw`` is called. While a person types, the main thread waits in select() inside of ``input``; a signal
+        interrupts that, and CPython calls its handler there, between two keystrokes, when the editor's state is whole.
+        So ``draw`` may have the editor take its line off the screen, write, and have it draw the line again. While a
         send blocks, the signal interrupts the send; at any other time ``draw`` is called between two steps of the
         main thread's own.
         """
 
-        COMPLETE_BY_TAB = "tab: complete"
-
-        def __init__(self, style: Style) -> None:
+        def __init__(self, style: Style, editor: GnuReadline | Libedit) -> None:
             super().__init__(style)
-            import ctypes
-            import readline
-
-            # The library that the module uses, found as the linker found it: in the program, else through the module.
-            self._readline = ctypes.CDLL(None)
-            if not hasattr(self._readline, "rl_redisplay"):
-                self._readline = ctypes.CDLL(readline.__file__)
-            integer = ctypes.c_int.in_dll
-            self._at_start, self._insert = readline.set_startup_hook, readline.insert_text
-            self._end, self._point = integer(self._readline, "rl_end"), integer(self._readline, "rl_point")
-            self._state = ctypes.c_ulong.in_dll(self._readline, "rl_readline_state")
-            self._stream = ctypes.c_void_p.in_dll(self._readline, "rl_outstream")
+            self._editor = editor
             self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
             self._shown = threading.Event()
             self._drawing = False  # the main thread is in the middle of writing
-            readline.parse_and_bind("set enable-bracketed-paste off")
-            # What completes is listed at once: for a question, readline would wait where no signal ends its wait.
-            readline.parse_and_bind("set completion-query-items 0")
-            readline.parse_and_bind("set page-completions off")
-            readline.parse_and_bind(self.COMPLETE_BY_TAB)
-            readline.set_completer(self._completion)
-            readline.set_completer_delims(" \t")
-            with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
-                if os.tcgetpgrp(0) != os.getpgrp():  # in the background: the terminal is as the shell's editor has it
-                    os.killpg(0, signal.SIGTTIN)  # which stops us, until the shell brings us back
-            self._as_it_was = termios.tcgetattr(0)
-            handle((signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT), self.die)
-            # Once, now, and no more: between two lines, where readline would reset the terminal, the kernel would echo
-            # what is typed or pasted, and readline show it again.
-            self._readline.rl_prep_terminal(1)
+            self._editing = False  # it waits for a line
+            self._completing = False  # it looks for what begins like a word
+            for setting in (
+                "set enable-bracketed-paste off",
+                # What completes is listed at once: for a question, readline would wait where no signal ends its wait.
+                "set completion-query-items 0",
+                "set page-completions off",
+                "set completion-ignore-case on",
+                editor.COMPLETE_BY_TAB,
+            ):
+                editor.module.parse_and_bind(setting)
+            editor.module.set_completer(self._complete)
+            editor.module.set_completer_delims(" \t")
+            wait_for_foreground()  # in the background the terminal is as the shell's own editor has it
+            try:
+                self._as_it_was = termios.tcgetattr(0)
+            except termios.error as error:
+                raise OSError(str(error)) from None
+            # Once, now, and no more: between two lines, where the editor would reset the terminal, the kernel would
+            # echo what is typed or pasted, and the editor show it again.
+            editor.library.rl_prep_terminal(1)
             self._prepared = termios.tcgetattr(0)
+            # Ctrl-C must not take away what the editor has seen to be there: it would wait for it, deaf to signals.
+            self._prepared[3] |= termios.NOFLSH
+            self._set_terminal(self._prepared)
+            import ctypes
+
             for name in ("rl_prep_term_function", "rl_deprep_term_function"):
-                ctypes.c_void_p.in_dll(self._readline, name).value = None
+                ctypes.c_void_p.in_dll(editor.library, name).value = None
             handle((signal.SIGTSTP,), self._suspend)
             handle((signal.SIGCONT,), self._resume)
 
@@ -343,26 +450,51 @@ if sys.platform != "win32":
             """Have whole lines shown that came from the server; block until the main thread has done it."""
             self._shown.clear()
             self._block = block
-            interrupt_main_thread(self._shown)
+            self.wake()
+            while not self._shown.wait(INTERRUPT_SECONDS):
+                self.wake()
 
         # Runs in the main thread
 
-        def draw(self) -> None:
-            """Show the block that the receive thread has left, if any. Called from the signal's handler."""
-            if self._drawing or not self._block:
-                return
-            self._drawing = True
+        def line(self, unsent: str) -> str:
+            self._editor.begin(unsent)
+            signal.siginterrupt(signal.SIGURG, False)  # or it would cut off the editor's writing to a slow terminal
+            self._editing = True
             try:
-                half_typed = self._half_typed()
-                if half_typed:
-                    self._clear_line()
-                self._write(self._style.rows(self._block))
-                if half_typed:
-                    self._draw_line()
+                text = input()
+            except EOFError:
+                if not self._editor.leaves_row_of_ctrl_d:
+                    self.say("")
+                raise
             finally:
-                self._block = b""
-                self._drawing = False
-                self._shown.set()
+                self._editing = False
+                signal.siginterrupt(signal.SIGURG, True)
+            if not text and not self._editor.leaves_row_of_empty_line:
+                self.say("")
+            return text
+
+        def close(self) -> None:
+            self._set_terminal(self._as_it_was)
+
+        def _complete(self, begun: str, number: int) -> str | None:
+            self._completing = True
+            try:
+                return self._completion(begun, number)
+            finally:
+                self._completing = False
+
+        def _completion(self, begun: str, number: int) -> str | None:
+            """Return the label of that number, of those seen that begin so; if there is none, Tab is a character.
+
+            So it is, too, when more input is there already: then it was pasted.
+            """
+            if number == 0:
+                is_pasted = bool(select.select([0], [], [], 0)[0])
+                self._matches = self.people.beginning(begun) if begun and not is_pasted else []
+                if not self._matches:
+                    self._editor.module.insert_text("\t")
+                    self._editor.library.rl_redisplay()
+            return self._matches[number] if number < len(self._matches) else None
 
         def _write(self, data: bytes) -> None:
             was_drawing, self._drawing = self._drawing, True
@@ -371,38 +503,35 @@ if sys.platform != "win32":
             finally:
                 self._drawing = was_drawing
 
-        def line(self, unsent: str) -> str:
-            self._at_start(functools.partial(self._insert, unsent) if unsent else None)
-            signal.siginterrupt(signal.SIGURG, False)  # or it would cut off readline's writing to a slow terminal
-            try:
-                text = input()
-            finally:
-                signal.siginterrupt(signal.SIGURG, True)
-            if not text:
-                self.say("")  # readline leaves the cursor on the row of an empty line without a prompt
-            return text
+        # Runs in the main thread, in a handler of signals
 
-        def secret(self) -> bytes:
-            self.close()
-            try:
-                return super().secret()
-            finally:
-                self._set_terminal(self._prepared)
+        def draw(self) -> None:
+            """Show the block that the receive thread has left, if any."""
+            if self._drawing or not self._block:
+                return
+            half_typed = self._editor.is_half_typed(self._editing)
+            before = self._editor.clear_line() if half_typed else b""
+            self._write(before + self._style.rows(self._block))
+            if half_typed:
+                self._editor.draw_line()
+            self._block = b""
+            self._shown.set()
+
+        def is_busy(self) -> bool:
+            """Return whether a completion is looked for: what is raised there would be swallowed."""
+            return self._completing or self._editor.is_completing()
 
         def leave_line(self, ctrl_c: bool) -> None:
-            if self._half_typed():
-                self._go_to_end_of_line()
+            if self._editor.is_half_typed(self._editing):
+                self._editor.go_to_end_of_line()
                 self.say("")
-
-        def close(self) -> None:
-            self._set_terminal(self._as_it_was)
 
         def _suspend(self, number: int, _: object) -> None:
             """Give the terminal to the shell and stop, as Ctrl-Z asks; go on where it was when continued."""
             was_drawing, self._drawing = self._drawing, True  # what comes waits, or it is drawn before the line is back
             try:
-                if self._half_typed():
-                    self._clear_line()
+                if self._editor.is_half_typed(self._editing):
+                    self._write(self._editor.clear_line())
                 self.close()
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)  # in a group without a shell this does nothing
@@ -413,137 +542,292 @@ if sys.platform != "win32":
 
         def _resume(self, *_: object) -> None:
             """Make the terminal ours again, and draw the line, if somebody else has had it."""
+            wait_for_foreground()  # else the editor would read what the shell types, and stop where it reads
             with contextlib.suppress(termios.error):  # it is gone
-                if termios.tcgetattr(0) != self._prepared and self._set_terminal(self._prepared) and self._half_typed():
-                    self._draw_line()
+                if (
+                    termios.tcgetattr(0) != self._prepared
+                    and self._set_terminal(self._prepared)
+                    and self._editor.is_half_typed(self._editing)
+                ):
+                    self._editor.draw_line()
 
-        # Called from any thread
-
-        def release(self) -> None:
-            with contextlib.suppress(termios.error):  # it is gone
-                settings = termios.tcgetattr(0)
-                settings[0] &= ~termios.IXON  # which ends what Ctrl-S has begun
-                if self._set_terminal(settings):
-                    termios.tcflush(1, termios.TCOFLUSH)
+        # The terminal
 
         def _set_terminal(self, settings: list[Any]) -> bool:
             """Change the terminal's settings, if this process may; return whether that is so."""
-            with contextlib.suppress(OSError):  # it is not the terminal that this process belongs to
-                if os.tcgetpgrp(0) != os.getpgrp():  # only who is in the foreground may
-                    return False
+            if is_in_background():
+                return False
             with contextlib.suppress(termios.error):  # it is gone
                 termios.tcsetattr(0, termios.TCSANOW, settings)
             return True
 
-        def _completion(self, begun: str, number: int) -> str | None:
-            """Return the label of that number, of those seen that begin so; if there is none, Tab is a character."""
-            if number == 0:
-                self._matches = [label for label in list(self.people.labels) if begun and label.startswith(begun)]
-                if not self._matches:
-                    self._insert("\t")
-                    self._readline.rl_redisplay()
-            return self._matches[number] if number < len(self._matches) else None
+    EDITORS += [
+        lambda style: LineEditor(style, GnuReadline()),
+        lambda style: LineEditor(style, Libedit()),
+    ]
 
-        # What is asked of readline
 
-        def is_busy(self) -> bool:
-            return bool(self._state.value & RL_STATE_COMPLETING)
+class PromptToolkitEditor(Screen):
+    """A terminal with prompt_toolkit, which runs on Windows too: what comes is shown above the half-typed line.
 
-        def _half_typed(self) -> bool:
-            state = self._state.value
-            return bool(state & RL_STATE_CALLBACK and (self._end.value or state & RL_STATES_PENDING))
+    While ``line`` blocks, only the event loop in it draws: ``show`` has it take the line off the screen, write, and
+    draw the line again. At any other time ``show`` writes itself. The loop would swallow an exception: to end ``line``
+    with one, the prompt is told to exit with it.
+    """
 
-        def _clear_line(self) -> None:
-            self._readline.rl_clear_visible_line()
-            self._flush()
+    def __init__(self, style: Style) -> None:
+        import prompt_toolkit
+        from prompt_toolkit.key_binding.key_processor import KeyPress
+        from prompt_toolkit.layout.processors import TabsProcessor
 
-        def _draw_line(self) -> None:
-            self._readline.rl_on_new_line()
-            self._readline.rl_redisplay()
+        os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # or each line waits for the terminal to tell where its cursor is
+        super().__init__(style)
+        keys = prompt_toolkit.key_binding.KeyBindings()
+        keys.add("c-c", eager=True)(lambda _: signal.raise_signal(signal.SIGINT))
+        keys.add("tab")(self._complete)
 
-        def _go_to_end_of_line(self) -> None:
-            self._point.value = self._end.value
-            self._readline.rl_redisplay()
-            self._flush()
+        @keys.add("<bracketed-paste>")
+        def paste(event: Any) -> None:
+            """Insert what was pasted: a newline in it is Enter, and the rest is pasted into the next line."""
+            line, newline, rest = event.data.replace("\r\n", "\n").replace("\r", "\n").partition("\n")
+            event.current_buffer.insert_text(line)
+            if newline:
+                enter = KeyPress(prompt_toolkit.keys.Keys.Enter)
+                event.key_processor.feed_multiple([enter, KeyPress(event.key_sequence[0].key, rest)], first=True)
 
-        def _flush(self) -> None:
-            """Empty C's buffer, which readline writes to: what we write passes it by, and would come first."""
-            self._readline.fflush(self._stream)
+        self._session: prompt_toolkit.PromptSession[str] = prompt_toolkit.PromptSession(
+            key_bindings=keys,
+            input_processors=[TabsProcessor(8, " ", " ")],
+            reserve_space_for_menu=0,
+            enable_suspend=True,
+        )
+        self._app = self._session.app
+        self._is_over = False  # ``line`` is to raise
+        # Guards what follows; notified when the rows were shown.
+        self._changed = threading.Condition()
+        self._is_editing = False  # the loop draws, or soon will
+        self._rows = b""  # to be shown; of one block, so that a stopped terminal stops the reading
+        if sys.platform != "win32":
+            wait_for_foreground()
+            self._as_it_was = termios.tcgetattr(0)
+            handle((signal.SIGCONT,), lambda *_: self._call(self._resume))
+            self._hush()
 
-    class LibeditEditor(LineEditor):
-        """A terminal with libedit in the place of readline, as on macOS: right for lines that fit a row.
+    # Runs in the receive thread
 
-        libedit does not tell what is typed, nor in which row the cursor is. So a line counts as half-typed all the time
-        that it is edited: the cursor's row is cleared, and the line drawn again, if there is one. (What libedit draws
-        again lacks combining marks; what is sent has them.)
-        """
+    def show(self, block: bytes) -> None:
+        with self._changed:
+            self._rows += self._style.rows(block)
+            if self._is_editing:
+                self._call(self._catch_up)
+                self._changed.wait_for(lambda: not self._rows)
+            else:
+                self._catch_up()
 
-        COMPLETE_BY_TAB = "bind ^I rl_complete"
-        _editing = _completing = False
+    def wake(self) -> bool:
+        if sys.platform != "win32":
+            return super().wake()
+        self._call(self._exit)
+        return True
 
-        def line(self, unsent: str) -> str:
-            self._editing = True
-            try:
-                return input()
-            except EOFError:
-                self.say("")  # below the ^D that libedit shows
-                raise
-            finally:
-                self._editing = False
+    # Runs in the main thread
 
-        def _completion(self, begun: str, number: int) -> str | None:
-            self._completing = True
-            try:
-                return super()._completion(begun, number)
-            finally:
-                self._completing = False
+    def line(self, unsent: str) -> str:
+        self._hush()  # again, as after Ctrl-Z the shell may have changed that
+        self._app.erase_when_done = False
+        with self._changed:
+            self._is_editing = True
+        try:
+            return self._session.prompt(default=unsent, pre_run=self._catch_up, handle_sigint=False)
+        finally:
+            with self._changed:
+                self._catch_up()
+                self._is_editing = False
+            if self._is_over:
+                raise Interrupted
 
-        def is_busy(self) -> bool:
-            return self._completing
+    def _hush(self) -> None:
+        """Have the kernel leave what is typed or pasted between two lines as it is, and not echo it."""
+        if sys.platform != "win32":
+            with contextlib.suppress(termios.error):  # it is gone
+                settings = termios.tcgetattr(0)
+                settings[0] &= ~termios.ICRNL
+                settings[3] &= ~(termios.ECHO | termios.ICANON)
+                termios.tcsetattr(0, termios.TCSANOW, settings)
 
-        def _half_typed(self) -> bool:
-            return self._editing
+    def close(self) -> None:
+        if sys.platform != "win32":
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(0, termios.TCSANOW, self._as_it_was)
 
-        def _clear_line(self) -> None:
-            self._write(b"\r\x1b[K")
+    def leave_line(self, ctrl_c: bool) -> None:
+        """Do nothing: prompt_toolkit begins a new row."""
 
-        def _draw_line(self) -> None:
-            self._readline.rl_forced_update_display()
+    def end_line(self) -> None:
+        if not self._is_editing:
+            raise Interrupted
+        self._is_over = True
+        self._call(self._catch_up)
 
-        def _go_to_end_of_line(self) -> None:
-            """Leave the cursor where it is: there is no telling."""
+    # Runs in the loop, or where there is none
+
+    def _catch_up(self) -> None:
+        """Show the rows, and end the line, if that is due."""
+        with self._changed:
+            if self._rows:
+                if self._app.is_running:
+                    self._app.renderer.erase()
+                self._write(self._rows)
+                self._rows = b""
+                self._changed.notify()
+                self._app.invalidate()
+        if self._is_over:
+            self._exit()
+
+    def _exit(self) -> None:
+        """Have ``line`` raise Interrupted, with what is half-typed left on the screen."""
+        if self._app.is_running and not self._app.is_done:
+            self._app.erase_when_done = not self._session.default_buffer.text  # or an empty row would stay
+            self._app.exit(exception=Interrupted)
+
+    def _complete(self, event: Any) -> None:
+        """Complete the label that was begun, or list those that begin so; if there is none, Tab is a character."""
+        buffer = event.current_buffer
+        begun = re.split("[\t ]", buffer.document.text_before_cursor)[-1]
+        is_pasted = bool(event.key_processor.input_queue)
+        labels = self.people.beginning(begun) if begun and not is_pasted else []
+        same = 0
+        while len({label[: same + 1].lower() for label in labels}) == 1 and same < len(labels[0]):
+            same += 1
+        if not labels:
+            buffer.insert_text("\t")
+        elif same > len(begun) or len(labels) == 1:
+            buffer.delete_before_cursor(len(begun))
+            buffer.insert_text(labels[0][:same])
+        else:
+            with self._changed:
+                self._rows += f"{'  '.join(labels)}\n".encode()
+                self._catch_up()
+
+    def _resume(self) -> None:
+        """Make the terminal ours again, and draw the line, if somebody else has had it."""
+        if sys.platform != "win32" and self._app.is_running and termios.tcgetattr(0)[3] & termios.ICANON:
+            self._app.input.raw_mode().__enter__()
+            self._app.renderer.erase()
+            self._app.invalidate()
+
+    # Runs in any thread
+
+    def _call(self, function: Callable[[], object]) -> None:
+        """Have the loop call this, if it runs."""
+        loop = self._app.loop
+        if loop:
+            with contextlib.suppress(RuntimeError):  # it has just been closed
+                loop.call_soon_threadsafe(function)
+
+    def _write(self, data: bytes) -> None:
+        if sys.platform == "win32":  # where only prompt_toolkit has the console understand colours
+            self._app.output.enable_autowrap()
+            self._app.output.write_raw(data.decode())
+            self._app.output.flush()
+        else:
+            super()._write(data)
+
+
+EDITORS.insert(1, PromptToolkitEditor)  # better than libedit, and all that there is on Windows
 
 
 def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     """Return the screen that suits the terminal, or the pipe, and the options."""
-    plain = options.plain or not (os.isatty(0) and os.isatty(1)) or (os.environ.get("TERM") or "dumb") == "dumb"
-    colour = not (plain or options.no_color or os.environ.get("NO_COLOR"))
+    term = os.environ.get("TERM") or ("" if sys.platform == "win32" else "dumb")  # Windows sets none
+    plain = options.plain or not (os.isatty(0) and os.isatty(1)) or term == "dumb"
+    colours: Sequence[bytes] = COLOURS_OF_256 if "256" in term or os.environ.get("COLORTERM") else COLOURS_OF_8
+    if plain or options.no_color or os.environ.get("NO_COLOR"):
+        colours = ()
     bell = options.bell and os.isatty(1)
-    style = Style(People(own_label), colour, options.time, bell, learn=not plain or options.reconnect)
-    if not plain and sys.platform != "win32":
-        with contextlib.suppress(ImportError, AttributeError, OSError, ValueError, termios.error):  # no GNU readline
-            is_libedit = "libedit" in (importlib.import_module("readline").__doc__ or "")
-            return LibeditEditor(style) if is_libedit else LineEditor(style)
+    style = Style(People(own_label), colours, options.time, bell, learn=not plain or options.reconnect)
+    for editor in EDITORS if not plain else ():
+        with contextlib.suppress(*UNUSABLE):
+            return editor(style)
     return Screen(style)
 
 
 # --- The connection: how to get one, and what comes from it -----------------------------------------------------------
+
+CONNECT_SECONDS = 10.0  # for each address of a name
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
+VANISHED_SECONDS = 90  # that a server may leave what was sent unacknowledged, where a person waits
+MAX_SHOWN_BYTES = 262_144  # shown as one line: more than a chat server sends, and a bound for any other
+SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has finished its line
+DOUBTED_LINES = 1_000  # at most, of which it is told that they were perhaps not delivered
+DOUBT_SECONDS = 60.0  # after which a line has most probably arrived, where nothing tells what is on its way
+REFUSED = b"* refused: "  # how a server begins that turns somebody away
+ADMITTED_SECONDS = 0.5  # in which it has said so
+TURNED_AWAY = "the server has turned this client away; try again later."
+NEEDS_TLS = "that server speaks TLS; join it with --tls, or with --tls-ca and its certificate."
+SERVER_CLOSED = "the server closed the connection; try again later."
 
 
 class NotConnected(Exception):
     """Why there is no connection, and what to do, as one sentence."""
 
 
-class Hopeless(Exception):
+class FatalConnectError(NotConnected):
     """The same, where there is no use in trying again by itself: the wrong server, password or certificate."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C was pressed, or the connection has ended while the main thread waited."""
+class Connection:
+    """A way to the server: the socket that the chat runs on, and what only the one on the network can tell.
+
+    These two are one, unless somebody pumps in between: TLS, which knows the network's, or ssh, which does not tell.
+    """
+
+    def __init__(self, sock: socket.socket, network: socket.socket | None) -> None:
+        self.sock = sock
+        self._network = network
+        # What a server calls us first if it is no further than the other end: nothing for the way by ssh.
+        self.label = str(network.getsockname()[1]) if network else ""
+        # Set by the pump's thread.
+        self.pumped_bytes = 0  # that it holds, and at its end what the network has not taken
+        self.problem = ""  # why it has given up; set before the socket ends
+        # Set by the main thread.
+        self._sent_bytes = 0
+        self._lines: collections.deque[tuple[int, float]] = collections.deque(maxlen=DOUBTED_LINES)  # end, and when
+
+    def unsent(self) -> int | None:
+        """Return how many bytes the other side has not acknowledged, or nearly; None where nothing tells."""
+        if sys.platform != "linux" or not self._network:
+            return None
+        return self.pumped_bytes + sum(unsent_bytes(sock) for sock in {self.sock, self._network})
+
+    def send_line(self, line: bytes) -> None:
+        """Send a line that a person has entered, and remember that. Blocks; raises OSError."""
+        self._sent_bytes += len(line)
+        self._lines.append((self._sent_bytes, time.monotonic()))
+        self.sock.sendall(line)
+
+    def doubtful_lines(self) -> int:
+        """Return how many of the lines that a person has entered were perhaps not delivered, now that it is lost."""
+        unsent = self.unsent()
+        if unsent is None:
+            return sum(time.monotonic() - when < DOUBT_SECONDS for _, when in list(self._lines))
+        return sum(end > self._sent_bytes - unsent for end, _ in list(self._lines))
+
+    def close(self) -> None:
+        """Close the chat's socket; who pumps then closes the network's."""
+        self.sock.close()
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """Return how many bytes the other end of a socket has not acknowledged, on Linux; 0 when it is closed."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, ValueError):  # it is closed
+            return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return 0
 
 
 @contextlib.contextmanager
-def closed_on_error(sock: socket.socket) -> Iterator[None]:
+def closed_on_error(sock: socket.socket | Connection) -> Iterator[None]:
     """Close a socket if what is done with it fails."""
     try:
         yield
@@ -552,95 +836,61 @@ def closed_on_error(sock: socket.socket) -> Iterator[None]:
         raise
 
 
-def addresses(host: str, port: int) -> list[Any]:
-    """Return what the system finds for a host, as ``getaddrinfo`` does; blocks, but not for Ctrl-C.
-
-    In a thread, because nothing ends the system's own wait for a name server. Raises OSError or UnicodeError.
-    """
-    found: list[Any] = []
-
-    def look_up() -> None:
-        try:
-            found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.append(error)
-
-    thread = threading.Thread(target=look_up, name="look-up", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(INTERRUPT_SECONDS)  # in steps: on Windows nothing interrupts a join
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return list(found[0])
-
-
 def connect(host: str, port: int) -> socket.socket:
     """Return a connection to the first of the host's addresses that takes it.
 
-    Blocks CONNECT_SECONDS at most, and as long as the system takes to look up the name. Raises OSError, and
-    UnicodeError for what cannot be a name.
+    Blocks CONNECT_SECONDS for each, and as long as the system takes to look up the name, but not for Ctrl-C: it runs in
+    a thread, because nothing ends the system's own wait for a name server. Raises OSError, and UnicodeError for what
+    cannot be a name.
     """
-    deadline = time.monotonic() + CONNECT_SECONDS
-    entries = addresses(host, port)
-    problem = OSError(errno.EADDRNOTAVAIL, "no address")
-    for tries_left, (family, kind, protocol, _, address) in zip(range(len(entries), 0, -1), entries):
+    result: list[socket.socket | Exception] = []
+
+    def run() -> None:
         try:
-            sock = socket.socket(family, kind, protocol)
-            with closed_on_error(sock):
-                sock.settimeout(max(0.1, (deadline - time.monotonic()) / tries_left))
-                sock.connect(address)
-                sock.settimeout(None)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, value in KEEPALIVE.items():
-                    with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
-                        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-            return sock
-        except OSError as error:
-            problem = error
-    raise problem
+            result.append(socket.create_connection((host, port), CONNECT_SECONDS))
+        except (OSError, UnicodeError) as error:
+            result.append(error)
+
+    thread = start_thread(run)
+    while thread.is_alive():
+        thread.join(INTERRUPT_SECONDS)  # in steps: on Windows nothing interrupts a join
+    if isinstance(result[0], Exception):
+        raise result[0]
+    sock = result[0]
+    with closed_on_error(sock):
+        sock.settimeout(None)
+        if sock.getsockname() == sock.getpeername():  # our own end: the system gave us the port that nobody listens on
+            raise ConnectionRefusedError
+        options = dict(KEEPALIVE)
+        if os.isatty(0) and not ipaddress.ip_address(peer_host(sock)).is_loopback:
+            options["TCP_USER_TIMEOUT"] = VANISHED_SECONDS * 1_000  # keepalive does not ask while something is unsent
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return sock
 
 
-def connecting_problem(error: NotConnected | Hopeless | OSError | UnicodeError, host: str, port: int) -> str:
+def peer_host(sock: socket.socket) -> str:
+    """Return the address of the other end, without the interface that a link-local one has behind it."""
+    return str(sock.getpeername()[0]).partition("%")[0]
+
+
+def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
-    if isinstance(error, (NotConnected, Hopeless)):
+    if isinstance(error, NotConnected):
         return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"Unknown host {host!r}: check the spelling; a port comes behind it, after a blank."
     if isinstance(error, ConnectionRefusedError):
-        return f"No server at {host} port {port}: start mychatserver.py there, or give another port."
+        return (
+            f"No server at {host} port {port}: start mychatserver.py there, for other machines with --lan, "
+            "or give another port."
+        )
     if isinstance(error, (socket.timeout, TimeoutError)):
         return f"No answer from {host} port {port}: check the address; a firewall or another network may be between."
     return f"Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."
-
-
-def local_label(sock: socket.socket) -> str:
-    """Return what a server calls us first if it is no further than the other end: nothing for the way through ssh."""
-    name = sock.getsockname()
-    return str(name[1]) if isinstance(name, tuple) else ""
-
-
-def is_ready(sock: socket.socket, event: int, seconds: float | None) -> bool:
-    """Wait until a socket can be read or takes more, so many seconds at most; return whether it does."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, event)
-        return bool(selector.select(seconds))
-
-
-def has_come(sock: socket.socket, seconds: float) -> bool:
-    """Wait until there is something to receive, or the end, so many seconds at most; return whether there is.
-
-    Not by the socket's own time-out, which would hold for who sends, too.
-    """
-    return sock.has_come(seconds) if isinstance(sock, TlsSocket) else is_ready(sock, selectors.EVENT_READ, seconds)
-
-
-def is_admitted(sock: socket.socket) -> bool:
-    """Return whether a server keeps us for ADMITTED_SECONDS. Blocks as long; raises OSError when it is lost already."""
-    if not has_come(sock, ADMITTED_SECONDS):
-        return True
-    beginning = sock.recv(100, socket.MSG_PEEK)
-    return bool(beginning) and not beginning.startswith(REFUSALS)
 
 
 def lost(error: OSError) -> str:
@@ -648,76 +898,82 @@ def lost(error: OSError) -> str:
     return f"{error.strerror or error}; check the network, and whether the server still runs."
 
 
-def handle(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> None:
-    """Set the handler of signals, but of those that are ignored, as in a script's background job."""
-    for number in numbers:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+def has_come(sock: socket.socket, seconds: float) -> bool:
+    """Wait until there is something to receive, or the end, so many seconds at most; return whether there is.
 
-
-def interrupt_main_thread(until: threading.Event, seconds: float = float("inf")) -> None:
-    """Interrupt what the main thread waits in, so that Python calls the handlers of signals there, ``until`` is set.
-
-    Again and again, for so many seconds at most: a signal that comes just before a blocking call does not interrupt it.
-    Time in which the process is stopped does not count.
+    Not by the socket's own time-out, which would hold for who sends, too.
     """
-    while not until.is_set() and seconds > 0:
-        if sys.platform != "win32":
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
-        until.wait(INTERRUPT_SECONDS)
-        seconds -= INTERRUPT_SECONDS
+    return bool(select.select([sock], [], [], seconds)[0])
 
 
-def received(sock: socket.socket) -> Iterator[bytes]:
+def is_admitted(sock: socket.socket) -> bool:
+    """Return whether a server keeps us for ADMITTED_SECONDS. Blocks as long; raises OSError when it is lost already."""
+    if not has_come(sock, ADMITTED_SECONDS):
+        return True
+    beginning = sock.recv(100, socket.MSG_PEEK)
+    return bool(beginning) and not beginning.startswith(REFUSED)
+
+
+def received(sock: socket.socket, has_come: Callable[[socket.socket, float | None], bool]) -> Iterator[bytes]:
     """Yield what the server sends in blocks of whole lines, an unfinished last one at end-of-file.
 
-    As long as the server has sent no newline, a piece of two or more characters and a second of silence are a line.
-    Blocks until something comes. Raises OSError when the connection is lost.
+    As long as the server has sent no newline, a piece of two or more characters and a second of silence are a line; but
+    not when a piece of that line was a single character: then somebody types it there, key by key.
+    Blocks in ``has_come`` until something comes. Raises OSError when the connection is lost.
     """
     partial = b""
-    sends_newlines = False
-    silence_ends_it = False
+    sends_newlines = is_typed = False
     while True:
-        is_silent = silence_ends_it and not has_come(sock, SILENCE_SECONDS)
+        waits = bool(partial) and not sends_newlines and not is_typed
+        is_silent = not has_come(sock, SILENCE_SECONDS if waits else None)
         data = b"" if is_silent else sock.recv(READ_BYTES)
         end = data.rfind(b"\n") + 1
         sends_newlines = sends_newlines or end > 0
         block, partial = (partial + data[:end], data[end:]) if end else (b"", partial + data)
         if partial and (not data or len(partial) > MAX_SHOWN_BYTES):
             block, partial = block + partial + b"\n", b""
+        is_typed = bool(partial) and (is_typed or len(data.decode("utf-8", "replace")) == 1)
         if block:
             yield block
         if not data and not is_silent:
             return
-        silence_ends_it = bool(partial) and not sends_newlines and len(data.decode("utf-8", "replace")) > 1
 
 
-def read_line(sock: socket.socket, deadline: float | None = None) -> bytes:
+def read_line(sock: socket.socket, deadline: float) -> bytes:
     """Read a line and no further; return what there is of it if it is far too long, or at end-of-file.
 
-    Blocks; with a deadline, only until then, and raises a time-out, an OSError.
+    Blocks until the deadline at most, then raises a time-out, an OSError.
     """
     line = b""
-    while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
-        if deadline is not None:
+    try:
+        while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
-        byte = sock.recv(1)
-        if not byte:
-            break
-        line += byte
+            byte = sock.recv(1)
+            if not byte:
+                break
+            line += byte
+    finally:
+        sock.settimeout(None)
     return line
 
 
 def check_beginning(block: bytes) -> None:
-    """Raise Hopeless when a server begins with what no chat server says, and tell what it is."""
+    """Raise FatalConnectError when a server begins with what ends the chat, and tell what that is."""
+    if block.startswith(QUESTION):
+        raise FatalConnectError(ASKED_LATE)
     if block[:9].upper().startswith((b"HTTP/", b"<!DOCTYPE", b"<HTML")):
-        raise Hopeless("that is a web server; check host and port.")
+        raise FatalConnectError("that is a web server; check host and port.")
     # Alert, handshake: RFC 8446, 5.1; or what mychatserver.py says.
     if block.startswith((b"\x15\x03", b"\x16\x03", b"* this server speaks TLS")):
-        raise Hopeless(NEEDS_TLS)
+        raise FatalConnectError(NEEDS_TLS)
 
 
 # --- Input: what is typed or piped, up to exit or its end -------------------------------------------------------------
+
+EXITS = "exit", "/quit", "/exit"
+EXIT = re.compile(rb"(?:^|\n|\r\0)[\t ]*(?:exit|/quit|/exit)[\t ]*(?:\r?\n|\r\0)", re.IGNORECASE)
+EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
+LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 
 
 def typed(screen: Screen) -> Iterator[tuple[bytes, bool]]:
@@ -727,14 +983,15 @@ def typed(screen: Screen) -> Iterator[tuple[bytes, bool]]:
     unsent = ""
     with contextlib.suppress(EOFError, OSError):  # Ctrl-D, or the terminal is gone
         while True:
-            line = screen.line(unsent)
-            words = line.strip("\t ")
-            data = f"{line}\n".encode("utf-8", "replace")
-            unsent = line if len(data) > MAX_LINE_BYTES + 1 else ""
-            if unsent:
-                screen.notice(LINE_TOO_LONG)
-            elif words:
-                yield data, words == "exit" or line.rstrip("\t ") == "/quit"
+            # A paste may put a newline into the middle of a line: some terminals mark what is pasted.
+            entered, unsent = re.split("\r\n|[\r\n]", screen.line(unsent)), ""
+            for line in entered:
+                data = f"{line}\n".encode("utf-8", "replace")
+                if len(data) > MAX_LINE_BYTES + 1:
+                    screen.notice(LINE_TOO_LONG)
+                    unsent = line
+                elif line.strip("\t "):
+                    yield data, line.strip("\t ").lower() in EXITS
 
 
 def piped() -> Iterator[tuple[bytes, bool]]:
@@ -752,7 +1009,8 @@ def piped() -> Iterator[tuple[bytes, bool]]:
         if not data:
             return
         window = unfinished + data
-        exit_line = EXIT.search(window) if b"exit" in window or b"/quit" in window else None
+        lowered = window.lower()  # two quick looks before the slow one
+        exit_line = EXIT.search(window) if b"exit" in lowered or b"/quit" in lowered else None
         if exit_line:
             yield data[: exit_line.end() - len(unfinished)], True
             return
@@ -764,355 +1022,417 @@ def piped() -> Iterator[tuple[bytes, bool]]:
 
 # --- The conversation: one thread shows what comes, the main thread sends what is entered -----------------------------
 
+# By name, as Windows has not all of them. A handler that raises must not be called again until that is caught.
+WAKING = {number for number in signal.Signals if number.name in ("SIGURG", "SIGALRM")}  # nobody else sends us these
+ENDING = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
+HANDLED = WAKING | ENDING | {number for number in signal.Signals if number.name in ("SIGTSTP", "SIGCONT")}
+LEAVE_SECONDS = 1.0  # for the server to close after exit, since what was sent has last moved on its way
+LEAVE_UNSEEN_SECONDS = 10.0  # the same where nothing tells what is on its way
+RECONNECT_SECONDS = 0.5, 1.0, 2.0, 5.0  # before each try to connect again; the last for ever
+STEADY_SECONDS = 10.0  # a connection that lasted so long: the pauses begin anew
+NOT_SENT = "* not connected: this line was not sent"
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Have signals wait, in this thread and in those that it starts."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def block_signals() -> None:
+    """Have signals wait that come to this thread; those that came before are handled before this returns."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+
+
+def unblock_signals() -> None:
+    """Let signals come to this thread; those that waited are handled before this returns."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+
+
+def start_thread(function: Callable[..., object], *arguments: object) -> threading.Thread:
+    """Start a thread that ends with the program; signals pass it by, so that all reach the main thread."""
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    with signals_blocked():
+        thread.start()
+    return thread
+
+
+def handle(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> None:
+    """Set the handler of signals, but of those that are ignored, as in a script's background job."""
+    for number in numbers:
+        if number in WAKING or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
 
 class Conversation:
-    """A connection, or with ``connect_again`` one after another, from the greeting to the farewell."""
+    """A connection, or with ``connect_again`` one after another, from the greeting to the farewell.
+
+    It ends when the main thread has no more input and the server has closed, or was waited for; when a signal ends it;
+    or when nothing more comes. The last two get the main thread out of any wait: the receive thread sends it signals
+    until their handler has raised Interrupted.
+    """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        screen: Screen,
-        name: str,
-        password: Password,
-        connect_again: Callable[[], socket.socket] | None,
+        self, connection: Connection, screen: Screen, name: str, connect_again: Callable[[], Connection] | None
     ) -> None:
-        self._sock = sock
         self._screen = screen
-        self._name = name  # to ask the server for
-        self._password = password
         self._connect_again = connect_again
         self._is_typed = os.isatty(0)  # asked once: a terminal that has hung up is none any more
-        # A signal's number can be read here as it comes. Python calls its handler later, when the main thread gets to
-        # it: never, for one that comes just before a blocking read.
-        self._numbers, self._signals = socket.socketpair()
-        self._signals.setblocking(False)
-        # Set by the main thread, where signal handlers run too. No Event is set while it may be interrupted: its lock
-        # could stay held, for whoever sets it next.
-        self._waiting = False  # for input, or for the server to close: may be interrupted
-        self._done_waiting = threading.Event()
-        self._awake = threading.Event()
-        self._interrupting = False  # in the handler: an Event must not be set in the middle of its being set
-        self._entered = 0  # lines, before the server has asked for the password: it takes them for tries
-        self._leaving = False  # so that the server's end-of-file is no surprise
-        # Set by either.
-        self._ctrl_c = False
+        # Here come the numbers of signals, at once; CPython calls a handler later, when the main thread gets to it.
+        self._signals, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
         # Set by the receive thread.
-        self._tries = 0  # to connect again, since a connection was steady
-        self._password_is_due = False  # the server has asked for it, and waits
-        self._received_all = False
+        self._connection = connection
+        self._is_connected = True
+        self._name = name  # to ask the server for
         self._problem: str | None = None  # why the connection was lost
-        self._connected = True
+        self._is_over = False  # nothing more comes
+        # Set by the main thread, where the handler of signals runs, too.
+        self._is_leaving = False  # the server's end-of-file is no surprise
+        self._is_interruptible = False  # it waits for input, or for the server to close
+        self._in_handler = False
+        self._ended_by = 0  # this signal
 
     # Runs in the main thread
 
     def run(self) -> int:
         """Send what is entered and show what comes, until one side leaves; return the exit status."""
-        signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
-        handle((signal.SIGINT,), self._on_ctrl_c)
-        if sys.platform != "win32":
-            signal.signal(signal.SIGURG, self._on_interrupt)  # nobody sends it but this program itself
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
-        self._screen.say(GREETING)
-        if self._password.is_needless:
-            self._screen.notice(NOT_ASKED)
-        self._ask_for_name()
-        self._talk()
-        while self._password_is_due and self._give_password():
-            self._talk()
-        return self._farewell()
-
-    def _talk(self) -> None:
-        """Send what is entered and show what comes, until one side leaves, or the server wants the password."""
-        self._done_waiting.clear()
-        self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
-        self._receiver.start()
+        receiver = threading.Thread(target=self._receive, daemon=True)
         try:
-            try:
-                self._waiting = True
-                self._send_input()
-                if not self._connected:
-                    raise Interrupted  # nothing more comes, and there is no use in connecting again
-                self._receiver.join(LEAVE_SECONDS if self._is_typed else None)
-            finally:
-                self._waiting = False
-                self._done_waiting.set()
+            self._is_interruptible = True
+            signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+            if self._ended_by:  # already
+                raise Interrupted
+            self._screen.say(GREETING)
+            self._ask_for_name()
+            with signals_blocked():
+                receiver.start()
+            if self._send_input():
+                self._wait_for_server(receiver, is_patient=not self._is_typed)
+            else:  # lost: the receive thread shows what had come, and may know why
+                self._wait_for_server(receiver, is_patient=True)
+                self._problem = self._problem or SERVER_CLOSED
         except Interrupted:
-            if not self._password_is_due:
-                with contextlib.suppress(OSError):  # it is lost
-                    self._sock.shutdown(socket.SHUT_RDWR)
-            self._receiver.join(LEAVE_SECONDS)
+            pass
+        except KeyboardInterrupt:  # a key to the line editor, not a signal
+            self._ended_by = signal.SIGINT
+        self._is_interruptible = False
+        unblock_signals()
+        if not self._is_over and self._is_connected:
+            with contextlib.suppress(BlockingIOError):  # it is full: the receive thread wakes anyway
+                self._wakeup.send(b"\0")
+            if receiver.is_alive():
+                receiver.join(LEAVE_SECONDS)
+        is_stuck = receiver.is_alive() and not self._is_over and self._is_connected
+        return self._farewell(is_stuck)
 
-    def _give_password(self) -> bool:
-        """Answer the server's question, and have the person asked if need be; return whether we may go on. Blocks."""
-        if self._ctrl_c or not can_ask():
-            return False
-        self._password_is_due = self._received_all = False
-        self._problem = None
-        if self._leaving:
-            return False
-        self._done_waiting.clear()
-        self._waiting = True
-        try:
-            self._password.known = self._password.known or self._screen.secret()
-            if self._password.known == b"exit":
-                return False
-            self._password.answer(self._sock, self._entered)
-            if self._entered:
-                self._screen.notice(TOO_EARLY)
-            return True
-        except (EOFError, Interrupted):  # the person leaves
-            return False
-        except (NotConnected, Hopeless, OSError) as error:
-            if self._connect_again and not isinstance(error, Hopeless):
-                return True  # the receive thread finds it lost too, and connects with what is known now
-            self._problem = lost(error) if isinstance(error, OSError) else str(error)
-            return False
-        finally:
-            self._entered = 0
-            self._waiting = False
-            self._done_waiting.set()
-
-    def _send_input(self) -> None:
+    def _send_input(self) -> bool:
+        """Send what is entered, up to its end; return whether that worked. Blocks."""
         try:
             for data, is_exit in typed(self._screen) if self._is_typed else piped():
-                self._entered += not is_exit
-                self._leaving = is_exit
-                if self._send(data) and data.startswith(b"/nick "):
-                    self._name = data[6:106].decode("utf-8", "replace").strip()  # more is no name
-                    self._screen.people.asked_for = self._name
+                self._is_leaving = is_exit
+                self._send(data)
                 if is_exit:
                     break
-            self._leaving = True
-            self._sock.shutdown(socket.SHUT_WR)
-        except OSError:  # the connection is lost: the receive thread shows what had come, and may know why
-            if not self._connect_again:
-                self._receiver.join()
-                self._problem = self._problem or SERVER_CLOSED
-
-    def _send(self, data: bytes) -> bool:
-        """Send what was entered; return whether that worked. If it never will, raise OSError, else say so."""
-        try:
-            if self._connected:
-                self._sock.sendall(data)
-                return True
+            self._is_leaving = True
+            if self._is_connected:
+                self._connection.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            if not self._connect_again:
-                raise
-        if not self._leaving:
-            self._screen.notice(NOT_SENT)
-        return False
-
-    def _on_ctrl_c(self, *_: object) -> None:
-        self._ctrl_c = True
-        signal.signal(signal.SIGINT, self._screen.die)  # a second one ends at once: the screen may be stuck
-        if sys.platform == "win32":
-            self._on_interrupt()
-        else:  # as from the receive thread; CPython stumbles when two signals raise while input() waits
-            signal.raise_signal(signal.SIGURG)
-
-    def _on_interrupt(self, *_: object) -> None:
-        if self._interrupting or self._screen.is_busy():  # the next signal comes soon
-            return
-        self._interrupting = True
-        try:
-            self._awake.set()
-            self._screen.draw()
-            if self._waiting and (self._ctrl_c or self._received_all):
-                self._waiting = False  # once is enough
-                self._done_waiting.set()
-                self._screen.leave_line(self._ctrl_c)
-                raise Interrupted
-        finally:
-            self._interrupting = False
-
-    # Runs in the receive thread
-
-    def _receive(self) -> None:
-        """Show what comes until the last connection ends; then get the main thread out of its wait for input."""
-        try:
-            problem = self._show_what_comes()
-            while problem and self._connect_again:
-                if self._password_is_due or self._leaving or self._ctrl_c:
-                    break
-                problem = self._show_what_comes() if self._reconnect(self._connect_again) else None
-        except Hopeless as error:
-            problem = str(error)
-        self._problem = problem
-        self._received_all = True
-        self._interrupt_input()
-
-    def _show_what_comes(self) -> str | None:
-        """Show what comes until the connection ends; return why it was lost, if it was."""
-        refused, begun = False, time.monotonic()
-        try:
-            for number, block in enumerate(received(self._sock)):
-                if number == 0:
-                    check_beginning(block)
-                block = clean(block.replace(b"\r\n", b"\n"))
-                if number == 0 and block.startswith(QUESTION) and not self._password.was_asked:
-                    self._password_is_due = True
-                    if not can_ask():
-                        self._sock.shutdown(socket.SHUT_WR)  # or what is in the pipe would be taken for tries
-                    return ASKED_LATE if self._password.known else UNANSWERED
-                refused = number == 0 and block.startswith(REFUSALS)
-                self._screen.show(block)
-                if self._screen.gone:
-                    return None
-            return TURNED_AWAY if refused else None if self._leaving else SERVER_CLOSED
-        except OSError as error:
-            return lost(error)
-        finally:
-            if time.monotonic() - begun > STEADY_SECONDS:
-                self._tries = 0
-
-    def _reconnect(self, connect_again: Callable[[], socket.socket]) -> bool:
-        """Try to connect until that works, and say so; return whether it does before the main thread leaves."""
-        self._connected = False
-        with contextlib.suppress(OSError):  # whoever is sending is to notice
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._screen.show(b"* connection lost, trying again\n")
-        while True:
-            if self._done_waiting.wait(RECONNECT_SECONDS[min(self._tries, len(RECONNECT_SECONDS) - 1)]):
-                return False
-            self._tries += 1
-            with contextlib.suppress(OSError, UnicodeError, NotConnected):  # not yet
-                sock = connect_again()
-                if is_admitted(sock) and not self._done_waiting.is_set():
-                    break
-                sock.close()
-        before, self._sock = self._sock, sock
-        before.close()
-        people = self._screen.people
-        if people.own_label and not people.own_label[0].isdigit():  # not a port: the last name that we got
-            self._name = people.own_label
-        people.own_label = local_label(sock)
-        self._ask_for_name()
-        self._connected = True
-        self._screen.show(b"* connected again\n")
+            return self._connect_again is not None  # where each line has been told
         return True
 
-    def _ask_for_name(self) -> None:
-        if self._name:
-            self._screen.people.asked_for = self._name
-            with contextlib.suppress(OSError):  # lost: the reading will tell
-                self._sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
+    def _send(self, data: bytes) -> None:
+        """Send what was entered, or say that it was not. Blocks; raises OSError when it never will be."""
+        if self._is_connected:
+            try:
+                if self._is_typed:
+                    self._connection.send_line(data)
+                else:
+                    self._connection.sock.sendall(data)
+            except OSError:
+                if not self._connect_again:
+                    raise
+            else:
+                command, _, name = data.strip().partition(b" ")
+                if command.lower() == b"/nick":
+                    self._screen.people.asked_for = name[:100].decode("utf-8", "replace").strip()  # more is no name
+                return
+        if not self._is_leaving:
+            self._screen.notice(NOT_SENT)
 
-    # Runs in the watch thread
+    def _wait_for_server(self, receiver: threading.Thread, is_patient: bool) -> None:
+        """Wait for the server to close; unless patient, only while what was sent still moves on its way there."""
+        moved, before = time.monotonic(), None
+        while not self._is_over and self._is_connected:
+            unsent = self._connection.unsent()
+            if unsent != before:
+                moved, before = time.monotonic(), unsent
+            seconds = LEAVE_UNSEEN_SECONDS if unsent is None else LEAVE_SECONDS
+            if not is_patient and time.monotonic() - moved > seconds:
+                return
+            receiver.join(INTERRUPT_SECONDS)
 
-    def _watch(self) -> None:
-        """Have the main thread handle each signal, and end the program if it has to end and cannot."""
-        while True:
-            numbers = set(self._numbers.recv(READ_BYTES))
-            if signal.SIGINT in numbers:
-                self._ctrl_c = True
-                self._done_waiting.wait(INTERRUPT_SECONDS)  # the main thread has most probably seen it
-                self._interrupt_input(STUCK_SECONDS)
-            elif numbers - OWN_SIGNALS:
-                self._awake.clear()
-                interrupt_main_thread(self._awake, STUCK_SECONDS)
-            ending = numbers & LAST_SIGNALS
-            if ending:
-                for _ in range(int(STUCK_SECONDS / INTERRUPT_SECONDS)):
-                    time.sleep(INTERRUPT_SECONDS)  # in steps: time in which the process is stopped does not count
-                # The program has ended, and this thread too, unless it is stuck.
-                self._screen.release()
-                interrupt_main_thread(threading.Event(), STUCK_SECONDS)
-                self._screen.close()
-                os._exit(128 + min(ending))
+    def on_signal(self, number: int, _: object) -> None:
+        """Note a signal that ends the program; draw what waits to be drawn; when all is over, raise Interrupted, once.
 
-    # Runs in either of these two
+        No handler may run while what another has raised is on its way out of ``input``: CPython would take its results
+        for those of functions that have failed. So only that of SIGURG raises, which CPython calls behind those of the
+        other signals that have come; and with the signals blocked, until it is caught.
+        """
+        if number in ENDING:
+            if self._ended_by:  # the first was of no use: the screen may be stuck
+                self._die(number)
+            self._ended_by = number
+        if sys.platform != "win32" and number != signal.SIGURG:
+            signal.raise_signal(signal.SIGURG)
+            return
+        if self._in_handler:  # which sees what was noted
+            return
+        if self._screen.is_busy():
+            if self._ended_by and sys.platform != "win32":
+                signal.setitimer(signal.ITIMER_REAL, INTERRUPT_SECONDS)  # SIGALRM, to try again
+            return
+        self._in_handler = True
+        self._screen.draw()
+        ends = self._is_interruptible and bool(self._ended_by or self._is_over)
+        if ends:
+            self._is_interruptible = False
+            self._screen.leave_line(self._ended_by == signal.SIGINT)
+        block_signals()
+        self._in_handler = False
+        if ends:
+            self._screen.end_line()
+        unblock_signals()
 
-    def _interrupt_input(self, seconds: float = float("inf")) -> None:
-        """Get the main thread out of its wait for input, in so many seconds at most."""
-        if sys.platform == "win32" and not self._done_waiting.is_set():  # where nothing ends a blocking input()
-            os._exit(self._farewell())
-        interrupt_main_thread(self._done_waiting, seconds)
-
-    # Runs in any of the three
-
-    def _farewell(self) -> int:
-        """Say how the conversation ended; return the exit status."""
-        if self._ctrl_c:
-            if not (self._receiver.is_alive() and self._connected):  # stuck in showing something, as this would be
+    def _farewell(self, is_stuck: bool = False) -> int:
+        """Say how the conversation ended; return the exit status. Also runs in the receive thread, on Windows."""
+        forget_typed()
+        if self._ended_by == signal.SIGINT:
+            if not is_stuck:  # in showing something, as this would be
                 self._screen.say(FAREWELL)
             return 130
+        if self._ended_by:
+            self._die(self._ended_by)
         if self._screen.gone:
             if self._screen.problem:
                 warn(f"Cannot show what comes: {self._screen.problem}; give standard output another place.")
             return 1 if self._screen.problem else 0
-        forget_typed()
         if self._problem:
             warn(f"Connection lost: {self._problem}")
         self._screen.say(FAREWELL)
         return 1 if self._problem else 0
 
+    def _die(self, number: int) -> None:
+        """End by a signal, at once, with the terminal as it was."""
+        self._screen.close()
+        signal.signal(number, signal.SIG_DFL)
+        unblock_signals()
+        signal.raise_signal(number)
+
+    # Runs in the receive thread
+
+    def _receive(self) -> None:
+        """Show what comes until the last connection ends; then get the main thread out of its wait."""
+        tries = 0  # to connect again, since a connection was steady
+        try:
+            while True:
+                begun = time.monotonic()
+                self._problem = self._show_what_comes()
+                if time.monotonic() - begun > STEADY_SECONDS:
+                    tries = 0
+                if not self._problem or self._is_leaving:
+                    break
+                self._tell_loss()
+                if not self._connect_again:
+                    break
+                self._problem = None  # it has been told
+                tries = self._reconnect(self._connect_again, tries)
+        except Interrupted:
+            pass  # the main thread leaves
+        except FatalConnectError as error:
+            self._problem = str(error)
+        self._is_over = True
+        while self._is_interruptible:
+            if not self._screen.wake():
+                os._exit(self._farewell())
+            time.sleep(INTERRUPT_SECONDS)
+
+    def _has_come(self, sock: socket.socket | None, seconds: float | None) -> bool:
+        """Wait until there is something to receive, so many seconds at most, and see to it that signals are handled.
+
+        One that comes together with a key, or just before the main thread blocks, does not interrupt it. Raises
+        Interrupted when the main thread leaves.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = select.select([self._signals, *([sock] if sock else [])], [], [], left)[0]
+            numbers = self._signals.recv(READ_BYTES) if self._signals in ready else b""
+            if not self._is_interruptible:
+                raise Interrupted
+            if not WAKING.issuperset(numbers):
+                time.sleep(INTERRUPT_SECONDS)  # by then it has been handled, or the main thread blocks
+                self._screen.wake()
+            if sock in ready or not ready:
+                return bool(ready)
+
+    def _show_what_comes(self) -> str | None:
+        """Show what comes until the connection ends; return why it was lost, if it was.
+
+        Raises FatalConnectError where connecting again would be no use, and Interrupted.
+        """
+        begun = time.monotonic()
+        number, block = 0, b""
+        try:
+            for number, block in enumerate(received(self._connection.sock, self._has_come), 1):
+                if number == 1:
+                    check_beginning(block)
+                block = clean(block.replace(b"\r\n", b"\n"))
+                self._screen.show(block)
+                if self._screen.gone:
+                    return None
+        except OSError as error:
+            return lost(error)
+        if block[block.rfind(b"\n", 0, -1) + 1 :].startswith(REFUSED):
+            if number > 1 or not block.startswith(REFUSED) or time.monotonic() - begun > ADMITTED_SECONDS:
+                raise FatalConnectError(TURNED_AWAY)  # it had let us in
+            return TURNED_AWAY
+        return self._connection.problem or (None if self._is_leaving else SERVER_CLOSED)
+
+    def _tell_loss(self) -> None:
+        doubtful = self._connection.doubtful_lines()
+        lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
+        told = f"* {lines} perhaps not delivered\n" if doubtful else ""
+        told += "* connection lost, trying again\n" if self._connect_again else ""
+        if told:
+            self._screen.show(told.encode())
+
+    def _reconnect(self, connect_again: Callable[[], Connection], tries: int) -> int:
+        """Try to connect until that works, and say so; return how often that was tried since one was steady.
+
+        Raises Interrupted when the main thread leaves, and FatalConnectError.
+        """
+        self._is_connected = False
+        with contextlib.suppress(OSError):  # whoever is sending is to notice
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
+        while True:
+            self._has_come(None, RECONNECT_SECONDS[min(tries, len(RECONNECT_SECONDS) - 1)])
+            tries += 1
+            try:
+                connection = connect_again()
+            except FatalConnectError:
+                raise
+            except (OSError, UnicodeError, NotConnected):  # not yet
+                continue
+            with contextlib.suppress(OSError):  # nor is that one
+                if is_admitted(connection.sock):
+                    break
+            connection.close()
+        if self._is_leaving or not self._is_interruptible:
+            raise Interrupted
+        before, self._connection = self._connection, connection
+        before.close()
+        people = self._screen.people
+        if people.own_label and not people.own_label[0].isdigit():  # not a port: the last name that we got
+            self._name = people.own_label
+        people.own_label = connection.label
+        self._ask_for_name()
+        self._is_connected = True
+        self._screen.show(b"* connected again\n")
+        return tries
+
+    # Runs in either
+
+    def _ask_for_name(self) -> None:
+        if self._name:
+            self._screen.people.asked_for = self._name
+            with contextlib.suppress(OSError):  # lost: the reading will tell
+                self._connection.sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
+
 
 # --- A password: what some servers ask for before anything else -------------------------------------------------------
 
+QUESTION = b"* password?\n"
+QUESTION_SECONDS = 2.0  # in which a server has asked that wants the password that is known
+ASKED_SECONDS = 0.1  # in which it has asked otherwise, and twice the time that connecting took
+ANSWER_SECONDS = 10.0  # in which it has taken or refused what it was given
+TRIES = 3  # for who types it: what the server allows
+NOT_ASKED = "The server asked for no password."
+WRONG = "Wrong password: ask whoever runs the server for it, and try again."
+UNANSWERED = "The server asks for a password: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
+ASKED_LATE = "the server asked for its password late; join again with --password, or --password-file FILE."
+
 
 class Password:
-    """What a server may ask for, as far as it is known."""
+    """What a server may ask for before anything else, as far as it is known."""
 
-    def __init__(self, known: bytes) -> None:
-        self.known = known
-        self.was_asked = False  # on this connection: a question that comes later is none
-        self.is_needless = False  # it is known, and this server did not ask
+    def __init__(self, known: bytes, is_typed: bool) -> None:
+        self._known = known
+        self._can_ask = is_typed or (not known and os.isatty(0))  # a person, once: not in mid-chat
 
-    def enter(self, sock: socket.socket) -> None:
-        """If there is a password, wait for the server to ask for it, and give it. Nothing else is said meanwhile.
+    def enter(self, sock: socket.socket, connecting_seconds: float) -> None:
+        """Wait for the server to ask for the password, and give it; without a question, return.
 
-        Blocks QUESTION_SECONDS when the server does not ask. Raises like ``answer``.
+        Blocks for a person who has to type it. Raises EOFError at Ctrl-D, OSError, NotConnected or FatalConnectError.
         """
-        self.was_asked = False
-        if self.known:
-            beginning = first_bytes(sock)
-            self.is_needless = not beginning.startswith((QUESTION, *REFUSALS))
-            if beginning.startswith(QUESTION):
-                read_line(sock)
-                self.answer(sock)
-
-    def answer(self, sock: socket.socket, tries: int = 0) -> None:
-        """Give the password, where ``tries`` other lines may count as tries; block until the server takes it.
-
-        Raises Hopeless, NotConnected, or OSError, a time-out after ANSWER_SECONDS among them.
-        """
-        self.was_asked = True
-        deadline = time.monotonic() + ANSWER_SECONDS
-        sock.settimeout(ANSWER_SECONDS)
-        try:
-            sock.sendall(self.known + b"\n")
-            for _ in range(tries + 1):
-                reply = read_line(sock, deadline)
-                if reply != b"* wrong password\n":
+        seconds = QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds
+        beginning = first_bytes(sock, seconds)
+        if beginning.startswith(QUESTION):
+            read_line(sock, time.monotonic() + ANSWER_SECONDS)
+            for tries_left in range(TRIES, 0, -1):
+                password = self._known or self._ask()
+                if self._opens(sock, password):
+                    self._known = password
                     break
-        finally:
-            sock.settimeout(None)
-        if reply == b"* wrong password\n":
-            raise Hopeless("Wrong password: ask whoever runs the server for it, and try again.")
-        if reply != b"* password accepted\n":
+                if not self._can_ask or tries_left == 1:
+                    raise FatalConnectError(WRONG)
+                warn("Wrong password, try again.")
+                self._known = b""
+        elif self._known and not beginning.startswith(REFUSED):
+            warn(NOT_ASKED)
+        self._can_ask = False
+
+    def _ask(self) -> bytes:
+        if not self._can_ask:
+            raise FatalConnectError(UNANSWERED)
+        try:
+            password = password_typed()
+        except OSError:  # the terminal is not this process's own, as under ``su -c``
+            raise FatalConnectError(UNANSWERED) from None
+        if password.strip().lower() == b"exit":
+            raise EOFError
+        return password
+
+    @staticmethod
+    def _opens(sock: socket.socket, password: bytes) -> bool:
+        """Give a password; return whether it is the right one. Blocks ANSWER_SECONDS at most."""
+        sock.sendall(password + b"\n")
+        reply = read_line(sock, time.monotonic() + ANSWER_SECONDS)
+        if reply not in (b"* password accepted\n", b"* wrong password\n"):
             said = clean(reply).decode().strip("* \n") or "it closed the connection"
             raise NotConnected(f"The server has not let us in: {said}; try again later.")
+        return reply == b"* password accepted\n"
 
 
-def first_bytes(sock: socket.socket) -> bytes:
-    """Return how a connection begins, unread; nothing if nothing comes in QUESTION_SECONDS. Raises OSError."""
-    deadline = time.monotonic() + QUESTION_SECONDS
+def first_bytes(sock: socket.socket, seconds: float) -> bytes:
+    """Return how a connection begins, unread; nothing if nothing comes in so many seconds. Raises OSError."""
+    deadline = time.monotonic() + seconds
     beginning = b""
-    while (seconds := deadline - time.monotonic()) > 0 and has_come(sock, seconds):
+    while (left := deadline - time.monotonic()) > 0 and has_come(sock, left):
         beginning = sock.recv(READ_BYTES, socket.MSG_PEEK)
         if not beginning or not QUESTION.startswith(beginning) or beginning == QUESTION:
             break
         time.sleep(INTERRUPT_SECONDS)  # the rest of the line is on its way
     return beginning
-
-
-def can_ask() -> bool:
-    """Return whether a person can be asked for the password in the middle of the chat: not where input() is stuck."""
-    if sys.platform == "win32" or not os.isatty(0):
-        return False
-    with contextlib.suppress(OSError), open("/dev/tty", "rb", buffering=0):
-        return True
-    return False  # the terminal is not this process's own, as under ``su -c``
 
 
 def password_typed() -> bytes:
@@ -1171,6 +1491,14 @@ def password_from(path: str | None) -> bytes:
 
 # --- Finding a server on the same network; without --lan nothing of this runs -----------------------------------------
 
+EVERYONE = "255.255.255.255"
+DISCOVERY_PORT = 12000  # see the server's Discovery
+IP_PKTINFO = 8  # Linux: ip(7); the socket module names it from 3.14 on
+QUESTION_BYTES = 128  # of each question, and no answer has more
+ASK_SECONDS = 0.25  # until the question is asked again: a datagram may be lost, a sleeping radio late
+ASKS = 3, 8  # least, so that a second server is noticed too, and most, when nobody answers
+MOST_FOUND = 20  # servers: a rude neighbour could answer for thousands
+
 
 def find_servers() -> list[tuple[str, str, int]]:
     """Ask the network for servers that were started with ``--lan``; return the name, address and port of each.
@@ -1186,7 +1514,7 @@ def find_servers() -> list[tuple[str, str, int]]:
         for asked in range(1, most + 1):
             token = secrets.token_hex(8).encode()
             tokens.add(token)
-            ask(sock, b"mychat?1 " + token)
+            ask(sock, (b"mychat?1 " + token).ljust(QUESTION_BYTES))
             deadline = time.monotonic() + ASK_SECONDS
             while (seconds := deadline - time.monotonic()) > 0:
                 sock.settimeout(seconds)
@@ -1202,17 +1530,15 @@ def find_servers() -> list[tuple[str, str, int]]:
 
 
 def ask(sock: socket.socket, question: bytes) -> None:
-    """Send a question to group and broadcast address: by every interface on Linux, else by the default route's."""
-    question = question.ljust(QUESTION_BYTES)
-    for address in (DISCOVERY_GROUP, EVERYONE):
-        if sys.platform == "linux":
-            for index, _ in socket.if_nameindex():
-                by_interface = (socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i8x", index))
-                with contextlib.suppress(OSError):  # it is down, or has no IPv4
-                    sock.sendmsg([question], [by_interface], 0, (address, DISCOVERY_PORT))
-        else:
-            with contextlib.suppress(OSError):  # no network
-                sock.sendto(question, (address, DISCOVERY_PORT))
+    """Broadcast a question: by every interface on Linux, else by the default route's."""
+    with contextlib.suppress(OSError):  # no network
+        if sys.platform != "linux":
+            sock.sendto(question, (EVERYONE, DISCOVERY_PORT))
+            return
+        for index, _ in socket.if_nameindex():
+            by_interface = (socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i8x", index))
+            with contextlib.suppress(OSError):  # it is down, or has no IPv4
+                sock.sendmsg([question], [by_interface], 0, (EVERYONE, DISCOVERY_PORT))
 
 
 def the_server_found() -> tuple[str, int]:
@@ -1232,6 +1558,18 @@ def the_server_found() -> tuple[str, int]:
 
 
 # --- TLS: an encrypted connection to a server that shows whose it is; without --tls nothing of this runs --------------
+
+X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
+HANDSHAKE_SECONDS = 10.0  # in which a server must have shown that it speaks TLS, and whose it is
+# By X509_V_ERR_...: openssl-verification-options(1).
+NOT_TRUSTED = "is not trusted: give --tls-ca the PEM file of whoever runs that server."
+OTHER_NAME = "is for another name: join by a name or address that it has."
+CERTIFICATE_PROBLEMS = {
+    9: "is not valid yet: check the date on both machines.",
+    10: "has expired: whoever runs that server has to make a new one.",
+    **dict.fromkeys((2, 18, 19, 20, 21), NOT_TRUSTED),  # nobody known has signed it
+    **dict.fromkeys((62, 64), OTHER_NAME),  # host name, address
+}
 
 
 def tls_context(authority: str | None) -> ssl.SSLContext:
@@ -1256,212 +1594,136 @@ def tls_context(authority: str | None) -> ssl.SSLContext:
     return context
 
 
-def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) -> TlsSocket:
+def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) -> Connection:
     """Return a connection with TLS on it, of a server that has shown that it is ``host``; close ``sock`` if it is not.
 
-    Blocks HANDSHAKE_SECONDS at most. Raises NotConnected, or Hopeless for a server that is another or has no TLS.
+    Blocks HANDSHAKE_SECONDS at most. Raises NotConnected, or FatalConnectError for a server that is another or has no
+    TLS. Nothing is sent but TLS.
     """
     import ssl
 
     where = f"{host} port {port}"
     try:
         with closed_on_error(sock):
-            secure = TlsSocket(sock, context, host)
+            secure = context.wrap_socket(
+                sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
         with closed_on_error(secure):
-            secure.shake_hands()
-        return secure
+            shake_hands(secure)
+            ours, theirs = socket.socketpair()
     except ssl.SSLCertVerificationError as error:
-        raise Hopeless(certificate_problem(error, where)) from None
+        problem = CERTIFICATE_PROBLEMS.get(
+            error.verify_code, f"does not do: {error.verify_message}; ask whoever runs that server."
+        )
+        raise FatalConnectError(f"The certificate of {where} {problem}") from None
     except TimeoutError:
         problem = f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
+    except ssl.SSLEOFError:
+        problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
     except ssl.SSLError as error:
         if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
-            raise Hopeless(f"No TLS at {where}: leave --tls out, or give another port.") from None
+            raise FatalConnectError(f"No TLS at {where}: leave --tls out, or give another port.") from None
         problem = f"No TLS with {where}: {error.reason}; check that its TLS is 1.2 or newer."
     except OSError:  # as mychatserver.py ends it when it has no certificate
         problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
     except ValueError:
         problem = f"No certificate can be for {host!r}: join by the name or address that the server's has."
+    else:
+        connection = Connection(ours, network=secure)
+        start_thread(pump_tls, connection, secure, theirs)
+        return connection
     raise NotConnected(problem)
 
 
-def certificate_problem(error: ssl.SSLCertVerificationError, where: str) -> str:
-    """Return one sentence that says why a server's certificate does not do, and what to do."""
-    code = error.verify_code  # X509_V_ERR_...: openssl-verification-options(1)
-    if code in (62, 64):  # host name, address
-        return f"The certificate of {where} is for another name: join by a name or address that it has."
-    if code == 10:
-        return f"The certificate of {where} has expired: whoever runs that server has to make a new one."
-    if code == 9:
-        return f"The certificate of {where} is not valid yet: check the date on both machines."
-    if code in (2, 18, 19, 20, 21):  # nobody known has signed it
-        return f"The certificate of {where} is not trusted: give --tls-ca the PEM file of whoever runs that server."
-    return f"The certificate of {where} does not do: {error.verify_message}; ask whoever runs that server."
+def shake_hands(secure: ssl.SSLSocket) -> None:
+    """Have the server show who it is. Blocks HANDSHAKE_SECONDS at most. Raises OSError, or NotConnected."""
+    import ssl
+
+    secure.setblocking(False)
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
+    while True:
+        try:
+            secure.do_handshake()
+            return
+        except ssl.SSLWantReadError:  # what we say is so short that it is sent at once
+            if not has_come(secure, max(0.0, deadline - time.monotonic())):
+                raise TimeoutError from None
+        except ssl.SSLError:
+            # In plain text, of which the five bytes of a record's header are taken: there is no place for us.
+            with contextlib.suppress(OSError):
+                if socket.socket.recv(secure, 100).startswith(REFUSED[5:]):
+                    raise NotConnected("The server has turned this client away; try again later.") from None
+            raise
 
 
-class TlsSocket(socket.socket):
-    """A socket with TLS, to the rest of this program like any other: one thread may read while another sends.
+def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket) -> None:
+    """Carry what is said between the network and a plain socket, whose other end the chat has, until either ends.
 
-    An SSLSocket must not be used so. Here an SSLObject stands between two buffers in memory and is used with a lock
-    held, under which nothing waits: who sends waits outside of it until the socket takes more, so that what comes is
-    read all the same, and two sides that pour at each other never wait for each other.
+    Runs in a thread of its own. Takes no more from either side than the other has taken. A plain socket that is
+    half-closed becomes a line ``exit``: TLS's own end would leave no way to say why the connection ends.
     """
+    import ssl
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
-        """Take over a connection. Raise ValueError when ``host`` is nothing that a certificate could name."""
-        import ssl
-
-        # Guards what follows, and sending on the socket.
-        self._lock = threading.Lock()
-        self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._received, self._output, server_hostname=host)
-        self._ciphertext = memoryview(b"")  # out of the output, to be sent first
-        self._seconds: float | None = None  # that who reads or sends may wait
-        # Only who reads uses what follows.
-        self._text = b""  # decrypted, not yet read
-        self._at_end = False  # the server has said its end (close_notify)
-        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
-        self.setblocking(False)
-
-    # Runs in the thread that connects
-
-    def shake_hands(self) -> None:
-        """Have the server show who it is. Blocks HANDSHAKE_SECONDS at most. Raises OSError."""
-        import ssl
-
-        deadline = time.monotonic() + HANDSHAKE_SECONDS
+    outgoing = incoming = last = b""
+    sends, is_ended = True, False  # our side: still can; has half-closed
+    plain.setblocking(False)
+    try:
         while True:
-            try:
-                self._tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                pass
-            finally:  # what is wrong is told the server too
-                self._send_all(deadline)
-            self._wait_for(selectors.EVENT_READ, deadline)
-            data = super().recv(READ_BYTES)
-            if not data:
-                raise ConnectionResetError
-            if data.startswith(REFUSALS):  # in plain text: no handshake was begun for us
-                raise NotConnected("The server has turned this client away; try again later.")
-            self._received.write(data)
-        self._decrypt(b"")  # what came with the handshake's end: TLS 1.2 lets a server speak at once
-
-    # Runs in the thread that reads
-
-    def has_come(self, seconds: float) -> bool:
-        """Wait until there is text or the end, so many seconds at most; return whether there is. Raise OSError."""
-        deadline = time.monotonic() + seconds
-        while not self._text and not self._at_end:
-            if not is_ready(self, selectors.EVENT_READ, max(0.0, deadline - time.monotonic())):
-                return False
-            self._read()
-        return True
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        """Wait for text and return it, none at the server's end; MSG_PEEK leaves it. Raise OSError at any other end."""
-        while not self._text and not self._at_end:
-            self._wait_for(selectors.EVENT_READ)
-            self._read()
-        if flags & socket.MSG_PEEK and not self._at_end:
-            self._read()  # who looks again wants more, if there is more by now
-        text = self._text[:size]
-        if not flags & socket.MSG_PEEK:
-            self._text = self._text[size:]
-        return text
-
-    def _read(self) -> None:
-        """Decrypt what has come."""
-        with contextlib.suppress(BlockingIOError):  # nothing, after all
-            data = super().recv(READ_BYTES)
-            if not data:
-                raise ConnectionResetError(errno.ECONNRESET, "it was cut off, without TLS's own end")
-            self._decrypt(data)
-
-    def _decrypt(self, data: bytes) -> None:
-        import ssl
-
-        with self._lock:
-            self._received.write(data)
-            try:
-                while part := self._tls.read(READ_BYTES):
-                    self._text += part
-                self._at_end = True
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLZeroReturnError:
-                self._at_end = True
-            except ssl.SSLError as error:
-                if not self._text:  # else it is read first, and what follows will tell
-                    raise OSError(errno.EPROTO, f"TLS failed: {error.reason}") from None
-            finally:
-                with contextlib.suppress(OSError):  # who sends is told too; what had come before is read
-                    self._send()
-            if self._output.pending > TLS_OUTPUT_BYTES:
-                raise OSError(errno.EPROTO, "the server asks for nothing but new keys")
-
-    # Called from any thread
-
-    def settimeout(self, value: float | None) -> None:
-        """Have ``recv`` and ``sendall`` wait so many seconds at most; the socket itself never blocks."""
-        self._seconds = value
-
-    def sendall(self, data: bytes, flags: int = 0) -> None:  # type: ignore[override]  # of all buffers, bytes alone
-        """Encrypt and send all of it; wait until the socket takes it."""
-        rest = memoryview(data)
-        while rest:
-            with self._lock:
-                if self._send():
-                    rest = rest[self._tls.write(rest[:TLS_PIECE_BYTES]) :]
-            self._send_all()
-
-    def shutdown(self, how: int) -> None:
-        """End the stream in this direction by TLS's own end, behind all that was sent; or both, at once."""
-        if how == socket.SHUT_WR:
-            with self._lock, contextlib.suppress(OSError):  # that the server's own end has not come
-                self._tls.unwrap()  # all that was received is decrypted: it would be lost here
-            self._send_all()
-        else:
-            super().shutdown(how)
-
-    def _send_all(self, deadline: float | None = None) -> None:
-        """Send what is encrypted; wait until the socket takes it, outside of the lock."""
-        while True:
-            with self._lock:
-                if self._send():
-                    return
-            self._wait_for(selectors.EVENT_WRITE, deadline)
-
-    def _wait_for(self, event: int, deadline: float | None = None) -> None:
-        """Wait until the socket can be read or takes more; raise TimeoutError when that is too late."""
-        if deadline is None and self._seconds is not None:
-            deadline = time.monotonic() + self._seconds
-        if not is_ready(self, event, None if deadline is None else max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(errno.ETIMEDOUT, "timed out")
-
-    # Call with the lock held
-
-    def _send(self) -> bool:
-        """Send what is encrypted, as much as the socket takes; return whether that is all."""
-        with contextlib.suppress(BlockingIOError):
-            while self._ciphertext or self._output.pending:
-                if not self._ciphertext:
-                    self._ciphertext = memoryview(self._output.read())
-                self._ciphertext = self._ciphertext[self.send(self._ciphertext) :]
-        return not self._ciphertext and not self._output.pending
+            connection.pumped_bytes = len(outgoing)
+            readers: list[socket.socket] = [] if incoming else [secure]
+            readers += [] if outgoing or is_ended or not sends else [plain]
+            writers = ([secure] if outgoing else []) + ([plain] if incoming else [])
+            if not secure.pending() or incoming:
+                select.select(readers, writers, ())
+            would_block = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
+            if not outgoing and sends and not is_ended:
+                with contextlib.suppress(*would_block):
+                    outgoing = plain.recv(READ_BYTES)
+                    is_ended = not outgoing
+                    if is_ended:
+                        outgoing = b"exit\n" if last in (b"", b"\n") else b"\nexit\n"
+                    last = outgoing[-1:]
+            if outgoing:
+                try:
+                    with contextlib.suppress(*would_block):
+                        outgoing = outgoing[secure.send(outgoing) :]
+                except OSError:  # lost: what had come is shown all the same, and the reading will tell
+                    sends, outgoing = False, b""
+            if not incoming:
+                with contextlib.suppress(*would_block):
+                    incoming = secure.recv(READ_BYTES)
+                    if not incoming:
+                        break
+            if incoming:
+                with contextlib.suppress(*would_block):
+                    incoming = incoming[plain.send(incoming) :]
+    except ssl.SSLEOFError:
+        connection.problem = "it was cut off, without TLS's own end; check the network."
+    except ssl.SSLError as error:
+        connection.problem = f"TLS failed: {error.reason}; check the network, and whether the server still runs."
+    except OSError as error:  # or the chat has closed its end
+        connection.problem = lost(error)
+    connection.pumped_bytes = len(outgoing) + unsent_bytes(secure)
+    plain.close()
+    secure.close()
 
 
 # --- Through ssh: to a server that only its own machine can reach; without --ssh nothing of this runs -----------------
 
+SSH_READY = b"mychat-is-through"  # what ssh has our side say when it has authenticated
+SSH_SECONDS = 180.0  # in which it has: somebody may have to look for a pass phrase
+SSH_REFUSAL_SECONDS = 0.5  # in which the other machine most probably tells that no server is there
+SSH_ALIVE_SECONDS = 30  # between two signs of life: a router at home forgets a silent connection in minutes
+SSH_END_SECONDS = 1.0  # for ssh to take the last lines along and end
 
-def through_ssh(way: contextlib.ExitStack, target: str, host: str, port: int, again: bool) -> socket.socket:
+
+def through_ssh(cleanup: contextlib.ExitStack, target: str, host: str, port: int) -> Connection:
     """Return a connection to ``host`` and ``port`` as ``target`` sees them, through the user's own ssh: ssh(1), -W.
 
     Blocks while ssh connects, asks what it has to ask on the terminal, and authenticates: then it runs LocalCommand,
     ssh_config(5), whose output comes to us as the first line. The chat begins behind that, so that only one of the two
     reads the terminal at any time. Raises NotConnected or OSError; what ssh has to say is on standard error then.
-    ``again`` is for when the terminal is in use: ssh has none then, and fails if it would have to ask.
-    Else Ctrl-C reaches ssh too; once it ends, so does the chat. Whoever closes ``way`` ends ssh.
+    Ctrl-C reaches ssh too; once it ends, so does the chat. Whoever closes ``cleanup`` ends ssh.
     """
     command = ["ssh", "-W", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
     for option in (
@@ -1470,29 +1732,27 @@ def through_ssh(way: contextlib.ExitStack, target: str, host: str, port: int, ag
         "ControlPath=none",  # a connection that is shared runs no LocalCommand
         f"ConnectTimeout={CONNECT_SECONDS:.0f}",
         f"ServerAliveInterval={SSH_ALIVE_SECONDS}",
-        *(["BatchMode=yes"] if again else []),
     ):
         command += ["-o", option]
     try:
-        sock, child = start_on_socket([*command, "--", target], without_terminal=again)
+        sock, child = start_on_socket([*command, "--", target])
     except OSError as error:
         raise NotConnected(f"Cannot run ssh here: {error.strerror}; install the OpenSSH client.") from None
-    way.callback(end_child, child)
-    way.callback(sock.close)
-    if again:
-        sock.settimeout(SSH_AGAIN_SECONDS)
-    while line := read_line(sock):
-        if line.endswith(b"\n") and line.rstrip() == SSH_READY:
-            break
-    else:
+    cleanup.callback(end_child, child)
+    cleanup.callback(sock.close)
+    deadline = time.monotonic() + SSH_SECONDS
+    line = b"\n"
+    with contextlib.suppress(socket.timeout, TimeoutError):
+        while line.endswith(b"\n") and line.strip() != SSH_READY:
+            line = read_line(sock, deadline)
+    if line.strip() != SSH_READY:
         raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
-    sock.settimeout(None)
     if has_come(sock, SSH_REFUSAL_SECONDS) and not sock.recv(1, socket.MSG_PEEK):
         raise NotConnected(
             f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
             "behind the host; ssh says above what it found."
         )
-    return sock
+    return Connection(sock, network=None)
 
 
 def end_child(child: subprocess.Popen[bytes]) -> None:
@@ -1504,32 +1764,24 @@ def end_child(child: subprocess.Popen[bytes]) -> None:
         end()
 
 
-def start_on_socket(command: list[str], without_terminal: bool) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+def start_on_socket(command: list[str]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Start a program, and return it and a socket that is its standard input and output. Raises OSError."""
+    environment = {**os.environ, "SHELL": "/bin/sh"}  # a login shell may run nothing, or talk
     ours, theirs = socket.socketpair()
     with closed_on_error(ours), closed_on_error(theirs):
-        errors = subprocess.DEVNULL if without_terminal else None
         if sys.platform != "win32":
-            child = subprocess.Popen(  # noqa: S603 - no shell
-                command,
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                stderr=errors,
-                start_new_session=without_terminal,  # or what ssh runs on its way may ask all the same
-            )
+            streams = theirs.fileno()
+            child = subprocess.Popen(command, stdin=streams, stdout=streams, env=environment)  # noqa: S603 - no shell
             theirs.close()
         else:  # where a socket cannot be that: a pipe each way, and a thread that pumps
-            child = subprocess.Popen(  # noqa: S603 - no shell
-                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-            )
+            pipe = subprocess.PIPE
+            child = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe)  # noqa: S603 - no shell
             assert child.stdin and child.stdout  # noqa: S101 - for mypy
             receive = functools.partial(theirs.recv, READ_BYTES)
             read = functools.partial(child.stdout.read, READ_BYTES)
             no_more = functools.partial(theirs.shutdown, socket.SHUT_RDWR)
-            there = receive, child.stdin.write, child.stdin.close
-            back = read, theirs.sendall, no_more, theirs.close
-            threading.Thread(target=pump, args=there, daemon=True).start()
-            threading.Thread(target=pump, args=back, daemon=True).start()
+            start_thread(pump, receive, child.stdin.write, child.stdin.close)
+            start_thread(pump, read, theirs.sendall, no_more, theirs.close)
     return ours, child
 
 
@@ -1557,6 +1809,14 @@ def forget_typed() -> None:
     if sys.platform != "win32" and os.isatty(0):
         with contextlib.suppress(termios.error):
             termios.tcflush(0, termios.TCIFLUSH)
+
+
+def is_no_terminal_of_python() -> bool:
+    """Return whether this runs in a program such as IDLE or Jupyter, which shows a terminal that is none."""
+    with contextlib.suppress(OSError):
+        if os.isatty(0) and os.isatty(1):
+            return False
+    return any(not isinstance(stream, (io.TextIOWrapper, type(None))) for stream in (sys.stdin, sys.stdout))
 
 
 def open_missing_descriptors() -> None:
@@ -1607,6 +1867,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.reconnect and not (os.isatty(0) and os.isatty(1)):
         parser.error("--reconnect is for a terminal: what comes through a pipe meanwhile would be lost")
+    if options.reconnect and options.ssh is not None:
+        parser.error("--reconnect does not go with --ssh, which may have to ask again: leave one of them out")
     if options.lan and (options.host is not None or options.ssh is not None):
         parser.error("--lan finds host and port by itself: leave out what else tells whom to join")
     options.tls = options.tls or options.tls_ca is not None
@@ -1623,53 +1885,70 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def password_for(options: argparse.Namespace) -> Password:
+    """Return what is known of the password; with ``--password`` a person is asked for it. Raises as that does."""
+    if not options.password:
+        return Password(password_from(options.password_file), is_typed=False)
+    try:
+        return Password(password_typed(), is_typed=True)
+    except OSError:
+        raise NotConnected(
+            "--password asks in a terminal: use --password-file FILE or MYCHAT_PASSWORD where there is none."
+        ) from None
+
+
+def chat(options: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
+    """Join, chat, and return the exit status. Raises NotConnected, OSError or UnicodeError when that cannot be."""
+    if is_every_address(options.host):
+        raise NotConnected(
+            f"{options.host} is where a server listens, not an address to join: use one that the server printed."
+        )
+    password = password_for(options)
+    context = tls_context(options.tls_ca) if options.tls else None
+    if options.lan:
+        options.host, options.port = the_server_found()
+
+    def join() -> Connection:
+        begun = time.monotonic()
+        if options.ssh:
+            connection = through_ssh(cleanup, options.ssh, options.host, options.port)
+        else:
+            sock = connect(options.host, options.port)
+            connection = secured(sock, context, options.host, options.port) if context else Connection(sock, sock)
+        with closed_on_error(connection):
+            password.enter(connection.sock, time.monotonic() - begun)
+        return connection
+
+    connection = join()
+    with signals_blocked():  # or a Ctrl-C could come when the terminal is changed and nobody can change it back
+        screen = screen_for(options, connection.label)
+        name = " ".join(options.name.split())
+        conversation = Conversation(connection, screen, name, join if options.reconnect else None)
+        handle(WAKING | ENDING, conversation.on_signal)
+    try:
+        return conversation.run()
+    finally:
+        screen.close()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the client; return the exit status: 0 left, 1 no or lost connection, 130 Ctrl-C."""
     try:
+        if is_no_terminal_of_python():
+            print("Run this in a terminal: python mychatclient.py")
+            return 1
         open_missing_descriptors()
+        unblock_signals()  # whatever our parent did
         options = parse_args(argv)
-        if is_every_address(options.host):
-            warn(f"{options.host} is where a server listens, not an address to join: use one that the server printed.")
-            return 1
-        try:
-            password = Password(password_typed() if options.password else password_from(options.password_file))
-        except EOFError:  # Ctrl-D
-            return 0
-        except OSError:
-            warn("--password asks in a terminal: use --password-file FILE or MYCHAT_PASSWORD where there is none.")
-            return 1
-        except NotConnected as problem:
-            warn(str(problem))
-            return 1
-        with contextlib.ExitStack() as way:
-
-            def join(again: bool = False) -> socket.socket:
-                if options.ssh:
-                    way.close()  # ends the ssh that was before
-                    sock = through_ssh(way, options.ssh, options.host, options.port, again)
-                else:
-                    sock = connect(options.host, options.port)
-                    if context:
-                        sock = secured(sock, context, options.host, options.port)
-                with closed_on_error(sock):
-                    password.enter(sock)
-                return sock
-
+        with contextlib.ExitStack() as cleanup:
             try:
-                context = tls_context(options.tls_ca) if options.tls else None
-                if options.lan:
-                    options.host, options.port = the_server_found()
-                sock = join()
-            except (NotConnected, Hopeless, OSError, UnicodeError) as error:
+                return chat(options, cleanup)
+            except EOFError:  # Ctrl-D in the place of a password
+                return 0
+            except (NotConnected, OSError, UnicodeError) as error:
                 warn(connecting_problem(error, options.host, options.port))
                 forget_typed()
                 return 1
-            screen = screen_for(options, local_label(sock))  # from here on a signal may find it
-            connect_again = (lambda: join(again=True)) if options.reconnect else None
-            try:
-                return Conversation(sock, screen, " ".join(options.name.split()), password, connect_again).run()
-            finally:
-                screen.close()
     except KeyboardInterrupt:
         return 130
 

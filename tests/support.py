@@ -713,6 +713,15 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
+@contextlib.contextmanager
+def without(*modules: str, error: str = "ImportError") -> Iterator[None]:
+    """Have programs that try to import one of these modules get this exception."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"PYTHONPATH": folder}):
+        for module in modules:
+            pathlib.Path(folder, f"{module}.py").write_text(f"raise {error}('there is none here')\n")
+        yield
+
+
 # --- Parts of the server without a server: the one place that says how they are made ----------------------------------
 
 

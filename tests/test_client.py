@@ -38,10 +38,12 @@ from tests.support import (
     home_made_server,
     needs_command,
     numbered_lines,
+    without,
 )
 
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
+FULL = "* refused: server full: 1 of 1 clients"
 
 # A client whose main thread stays long between taking the lock of a Condition, or an Event, and what it does with it.
 SLOW_TO_LOCK = f"""
@@ -91,6 +93,14 @@ def in_terminal(port: int, *options: str) -> Terminal:
     terminal = Terminal(sys.executable, CLIENT, *options, LOOPBACK, str(port))
     terminal.wait_for(f"{GREETING}\n")
     return terminal
+
+
+def refuse(connection: socket.socket) -> None:
+    """Turn a client away, as a server does that has no place."""
+    connection.sendall(f"{FULL}\n".encode())
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(100):
+        pass
 
 
 @contextlib.contextmanager
@@ -196,6 +206,7 @@ class Pipes(SharedServerTestCase):
         with Server("--max-clients", "1") as server, server.peer(), client(server.port) as program:
             program.expect(GREETING, "", "* refused: server full: 1 of 1 clients", FAREWELL)
             self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), "^Connection lost: the server has turned this client away")
 
     def test_when_a_send_fails_what_had_come_is_still_shown(self) -> None:
         def serve(connection: socket.socket) -> None:
@@ -332,16 +343,18 @@ class OtherServers(TestCase):
             connection.sendall(b"Welcome!")
             self.assertEqual(connection.recv(100), b"go on\n")
             connection.sendall("é".encode())
-            time.sleep(0.4)  # longer than the silence that ends a line, which one character does not begin
+            time.sleep(0.4)  # longer than the silence that ends a line, but not one that is typed key by key
             connection.sendall(b"t")
             time.sleep(0.4)  # likewise
-            connection.sendall(b"e and more")
+            connection.sendall(b"\x7f\x7f and more")
+            time.sleep(0.4)  # likewise
+            connection.sendall(b"!\n")
             self.assertEqual(connection.recv(100), b"")
 
         with home_made_server(serve) as port, client(port, constants={"SILENCE_SECONDS": 0.2}) as program:
             program.expect(GREETING, "", "Welcome!")
             program.send(b"go on\n")
-            program.expect("", "éte and more")
+            program.expect("", "ét\ufffd\ufffd and more!")
             program.end_input()
             program.expect(FAREWELL)
             self.assertEqual(program.wait(), 0)
@@ -466,23 +479,21 @@ class WithoutReadline(TestCase):
 
 
 def style(own_label: str = "", colour: bool = False, clock: bool = False, bell: bool = False) -> mychatclient.Style:
-    return mychatclient.Style(mychatclient.People(own_label), colour, clock, bell, learn=False)
+    colours = mychatclient.COLOURS_OF_8 if colour else ()
+    return mychatclient.Style(mychatclient.People(own_label), colours, clock, bell, learn=False)
 
 
 class Looks(SharedServerTestCase):
-    LINES = b"54358:Hi!\n54383:* not a notice\n* 54358 is now ann\n54358:again\nno label\n"
-
     def test_as_it_is(self) -> None:
         self.assertEqual(style().rows(b"a:b\nc\n"), b"\na:b\n\nc\n")
 
-    def test_a_label_has_a_colour_of_its_own_and_notices_are_dim(self) -> None:
-        rows = style(colour=True).rows(self.LINES).split(b"\n")[1::2]
-        colour = rows[0].partition(b"54358")[0]
-        self.assertRegex(colour, rb"^\x1b\[3[1-6]m$")
-        self.assertEqual(rows[0], colour + b"54358\x1b[m:Hi!")
-        self.assertEqual(rows[3], colour + b"54358\x1b[m:again")
-        self.assertTrue(rows[1].endswith(b"54383\x1b[m:* not a notice"))
-        self.assertEqual(rows[2], b"\x1b[2m* 54358 is now ann\x1b[m")
+    def test_a_label_has_a_colour_of_its_own_and_keeps_it_under_another_name(self) -> None:
+        lines = b"54358:Hi!\n54383:* not a notice\n* 54358 is now ann\nann:again\nno label\n"
+        rows = style(colour=True).rows(lines).split(b"\n")[1::2]
+        self.assertEqual(rows[0], b"\x1b[31m54358\x1b[m:Hi!")
+        self.assertEqual(rows[1], b"\x1b[32m54383\x1b[m:* not a notice")
+        self.assertEqual(rows[2], b"* 54358 is now ann")
+        self.assertEqual(rows[3], b"\x1b[31mann\x1b[m:again")
         self.assertEqual(rows[4], b"no label")
         for line in (b"word", b"no label: text"):
             self.assertEqual(style(colour=True).rows(line + b"\n"), b"\n" + line + b"\n")
@@ -597,8 +608,9 @@ class TurnedAway(TestCase):
         with Server("--max-clients", "1") as server, server.peer():
             for _ in range(5 if LONG else 2):
                 with client(server.port) as program:
-                    program.send(b"1\n2\n")
-                    program.end_input()
+                    with contextlib.suppress(BrokenPipeError):  # it has ended already
+                        program.send(b"1\n2\n")
+                        program.end_input()
                     self.assertEqual(program.wait(), 1)
                     self.assertIn("Connection lost: the server has turned this client away", program.errors())
                     self.assertIn(b"* refused: server full: 1 of 1 clients\n", program.output)
@@ -617,6 +629,7 @@ class Quitting(SharedServerTestCase):
             ending.clear()
             with (
                 self.subTest(library=library),
+                without("prompt_toolkit"),
                 mock.patch.dict(os.environ, {"LD_PRELOAD": library}),
                 home_made_server(serve) as port,
                 Terminal(sys.executable, "-c", SLOW_TO_COMPLETE, "--no-color", LOOPBACK, str(port)) as terminal,
@@ -748,9 +761,9 @@ class Connecting(TestCase):
     def test_ctrl_c_while_connecting(self) -> None:
         with silent_port() as port:
             script = (
-                "import socket, sys, mychatclient\n"
+                "import os, socket, sys, mychatclient\n"
                 "connect = socket.socket.connect\n"
-                "socket.socket.connect = lambda *arguments: print('connecting', flush=True) or connect(*arguments)\n"
+                "socket.socket.connect = lambda *given: (os.write(1, b'connecting\\n'), connect(*given))[1]\n"
                 "sys.exit(mychatclient.main(sys.argv[1:]))\n"
             )
             with Program(sys.executable, "-c", script, LOOPBACK, str(port)) as program:

@@ -327,7 +327,7 @@ class Clients(Guests):
                 with Terminal(*command, own=False) as terminal:
                     terminal.type("hello all\r")
                     self.assertEqual(terminal.wait(), 1)
-                    self.assertIn("the server asks for a password: give --password-file FILE", terminal.screen())
+                    self.assertIn("The server asks for a password: give --password-file FILE", terminal.screen())
 
     def test_in_a_pipe_with_the_password(self) -> None:
         server = self.ask()
@@ -350,8 +350,8 @@ class Clients(Guests):
         server = self.ask()
         program = self.client(server)  # its input stays open, with nothing in it
         self.assertEqual(program.wait(), 1)
-        self.assertEqual(program.output.decode(), f"{GREETING}\n{FAREWELL}\n")
-        self.assertRegex(program.errors(), r"^Connection lost: the server asks for a password: give --password.*\n$")
+        self.assertEqual(program.output, b"")
+        self.assertRegex(program.errors(), r"^The server asks for a password: give --password.*\n$")
         (self.folder / "wrong").write_text("wrong\n")
         program = self.client(server, "--password-file", str(self.folder / "wrong"))
         self.assertEqual(program.wait(), 1)
@@ -381,18 +381,20 @@ class Clients(Guests):
         server.line()
         program = self.client(server, "--password-file", str(self.file))
         program.send(b"Hi!\n")
-        program.expect(GREETING, "", mychatclient.NOT_ASKED)
+        program.expect(GREETING)
+        self.assertEqual(program.errors(), f"{mychatclient.NOT_ASKED}\n")
         self.assertTrue(ann.line().endswith(b":Hi!"))
         program.end_input()
         self.assertEqual(program.wait(), 0)
 
     def test_in_a_terminal_it_is_asked_for_unseen(self) -> None:
         server = self.ask()
-        for options, beginning in (((), f"{GREETING}\nPassword: "), (("--password",), "Password: ")):
+        for options in ((), ("--password",)):
             client = self.terminal(server, "--name", "ann", *options)
-            client.wait_for(beginning)
+            client.wait_for("Password: ")
             client.type(f"{SECRET}\n")
             client.wait_for("is now ann\n")
+            self.assertRegex(client.screen(), f"^Password: \n{GREETING}\n")
             server.line(), server.line()
             client.type("Hi!\r")
             server.expect("ann:Hi!")
@@ -405,24 +407,36 @@ class Clients(Guests):
 
     def test_how_the_question_can_end_in_a_terminal(self) -> None:
         server = self.ask()
-        for typed, status, end in (
-            ("\x03", 130, FAREWELL),
-            ("\x04", 0, FAREWELL),
-            ("wrong\n", 1, "Connection lost: Wrong password: ask whoever runs the server for it, and try again."),
-        ):
+        for typed, status in (("\x03", 130), ("\x04", 0), ("Exit\n", 0)):
             with self.subTest(typed=typed):
                 client = self.terminal(server)
                 client.wait_for("Password: ")
                 client.type(typed)
                 self.assertEqual(client.wait(), status)
-                self.assertIn(end, client.screen())
+                self.assertNotIn(GREETING, client.screen())
+                self.assertEqual(client.attributes(), client.before)
+        for tries, options in ((3, ()), (3, ("--password",)), (2, ())):
+            with self.subTest(tries=tries, options=options):
+                client = self.terminal(server, *options)
+                asked = "Password: "
+                for _ in range(tries):
+                    client.wait_for(asked)
+                    client.type("wrong\n")
+                    asked += "\nWrong password, try again.\nPassword: "
+                if tries < 3:
+                    client.wait_for(asked)
+                    client.type(f"{SECRET}\nexit\n")
+                    self.assertEqual(client.wait(), 0)
+                else:
+                    self.assertEqual(client.wait(), 1)
+                    self.assertTrue(client.screen().endswith(f"\n{mychatclient.WRONG}\n"))
                 self.assertEqual(client.attributes(), client.before)
         client = self.terminal(server)
         client.wait_for("Password: ")
         server.stop()
         client.type("anything\n")
         self.assertEqual(client.wait(), 1)
-        self.assertIn("Connection lost: ", client.screen())
+        self.assertRegex(client.screen(), r"^Password: \nThe server has not let us in: [^\n]+\n$")
         self.assertEqual(client.attributes(), client.before)
 
     def test_signals_at_the_question_leave_the_terminal_sane_and_the_password_unseen(self) -> None:
@@ -446,39 +460,34 @@ class Clients(Guests):
 
                 eventually(asked_again)
                 client.type(SECRET.encode() + b"\xe9\n")
-                client.wait()
-                self.assertIn("Wrong password", client.screen())
+                client.wait_for("Wrong password, try again.\nPassword: ", within=True)
+                client.type("\x04")
+                self.assertEqual(client.wait(), 0)
                 self.assertNotIn(SECRET.strip(), client.screen())
                 self.assertEqual(client.attributes(), client.before)
 
-    def test_a_line_that_was_entered_before_the_question_is_no_answer_to_it(self) -> None:
-        def serve(sock: socket.socket) -> None:
+    def test_a_question_that_comes_late_is_told(self) -> None:
+        def late(sock: socket.socket) -> None:
             self.assertEqual(sock.recv(100), b"too early\n")
             sock.sendall(b"* password?\n")
-            self.assertEqual(sock.recv(100).decode(), f"{SECRET}\n")
-            sock.sendall(b"* wrong password\n* password accepted\n* password?\nann:Hi!\n")
-            self.assertEqual(sock.recv(100), b"exit\n")
+            self.assertEqual(sock.recv(100), b"")
 
-        with home_made_server(serve) as port:
-            command = (sys.executable, CLIENT, "--no-color", LOOPBACK, str(port))
-            client = self.stack.enter_context(Terminal(*command))
+        with home_made_server(late) as port:
+            client = self.stack.enter_context(Terminal(sys.executable, CLIENT, LOOPBACK, str(port)))
             client.wait_for(f"{GREETING}\n")
             client.type("too early\r")
-            client.wait_for("Password: ")
-            client.type(f"{SECRET}\n")
-            # A question that comes later is a notice like others.
-            client.wait_for(f"\n{mychatclient.TOO_EARLY}\n\n{QUESTION}\n\nann:Hi!\n")
-            client.type("exit\r")
-            self.assertEqual(client.wait(), 0)
+            self.assertEqual(client.wait(), 1)
+            self.assertIn(f"Connection lost: {mychatclient.ASKED_LATE}\n", client.screen())
 
     def test_who_is_turned_away_is_told_so(self) -> None:
-        server = self.serve("--max-per-host", "1")
-        self.peer(server)
         for options in ((), ("--password-file", str(self.file))):
+            server = self.serve("--max-per-host", "1")
+            self.peer(server)
             program = self.client(server, *options)
             program.expect(GREETING, "", "* refused: too many from your address: 1 of 1 clients", FAREWELL)
             self.assertEqual(program.wait(), 1)
             self.assertIn("turned this client away", program.errors())
+            self.assertNotIn(mychatclient.NOT_ASKED, program.errors())
 
     def test_reconnecting_gives_the_password_again_and_ends_when_it_is_wrong_now(self) -> None:
         server = self.ask()

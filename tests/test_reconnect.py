@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import unittest
 from collections.abc import Mapping
 
 from tests.support import (
@@ -147,11 +148,61 @@ class Reconnecting(TestCase):
         client = self.client()
         self.kill(server)
         client.wait_for(LOST)
-        server = self.serve("--max-clients", "1")
-        with server.peer():
-            self.assertTrue(eventually(lambda: b"Refused" in server.output))
-            self.assertNotIn(BACK, client.drawn())
+        with socket.create_server((LOOPBACK, self.port)) as listener:
+            listener.settimeout(60)
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.sendall(b"* refused: server full: 1 of 1 clients\n")
+        self.assertNotIn(BACK, client.drawn())
+        self.serve()
         client.wait_for(BACK)
+
+    def test_who_is_turned_out_does_not_come_back(self) -> None:
+        with socket.create_server((LOOPBACK, self.port)) as listener:
+            listener.settimeout(60)
+            client = self.client()
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"ann:Hi!\n")
+                client.wait_for("ann:Hi!\n")
+                connection.sendall(b"* refused: kicked: enough\n")
+            self.assertEqual(client.wait(), 1)
+        self.assertIn("\n* refused: kicked: enough\n", client.screen())
+        self.assertIn("Connection lost: the server has turned this client away", client.screen())
+
+    def test_a_name_that_was_refused_is_not_asked_for_again(self) -> None:
+        server = self.serve()
+        with server.peer() as ann:
+            ann.say("/nick ann")
+            client = self.client("--name", "bob")
+            client.wait_for("is now bob\n")
+            client.type("/nick ann\r")
+            client.wait_for("is taken\n")
+        self.kill(server)
+        client.wait_for(LOST)
+        self.serve()
+        client.wait_for("is now bob\n")
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: only there the system tells what has arrived")
+    def test_lines_that_were_perhaps_not_delivered_are_told_and_are_an_up_away(self) -> None:
+        with socket.create_server((LOOPBACK, self.port)) as listener:
+            listener.settimeout(60)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)  # soon full: nobody reads
+            client = self.client()
+            connection, _ = listener.accept()
+        for number in range(100):
+            client.type(f"{'x' * 1_000} {number}\r")
+            client.wait_for(f" {number}\n")
+        connection.close()  # which is a reset, as there is something to read
+        told = re.compile(r"\n\* (\d+) lines were perhaps not delivered\n\n\* connection lost, trying again\n")
+        found = eventually(lambda: told.search(client.drawn()))
+        self.assertIn(int(found[1]), range(50, 101))
+        server = self.serve()
+        client.wait_for(BACK)
+        with server.peer() as ann:
+            client.type("\x1b[A\x1b[A\r")
+            self.assertRegex(ann.line(), rb"^\d+:x+ 98$")
 
     def test_the_last_name_that_was_got_is_taken_again(self) -> None:
         server = self.serve()

@@ -396,7 +396,7 @@ class Pumps(TestCase):
     def test_pipes_carry_all_and_both_ends_of_file(self) -> None:
         lines = numbered_lines(20_000)
         with mock.patch.object(sys, "platform", "win32"):
-            sock, child = mychatclient.start_on_socket(["sh", "-c", "cat; echo last"], without_terminal=False)
+            sock, child = mychatclient.start_on_socket(["sh", "-c", "cat; echo last"])
         background = Background()
         with sock, child:
             sock.settimeout(SECONDS)

@@ -339,8 +339,9 @@ class Trust(TestCase):
 
         def serve(connection: socket.socket) -> None:
             connection.sendall(b"220 mail.example ESMTP\r\n")
-            while connection.recv(1_000):
-                pass
+            with contextlib.suppress(ConnectionResetError):
+                while data := connection.recv(1_000):
+                    self.assertEqual(data[:2], b"\x16\x03")
 
         with home_made_server(serve) as port:
             self.fails(
@@ -653,7 +654,7 @@ class Locked(TestCase):
                 self.assertIn("Wrong password: ", program.errors())
             with client(server.port, *known[:2]) as program:
                 self.assertEqual(program.wait(), 1)
-                self.assertIn("the server asks for a password", program.errors())
+                self.assertIn("The server asks for a password", program.errors())
             with client(server.port, *known, str(folder / "password")) as ann:
                 ann.expect(GREETING)
                 with client(server.port, *known, str(folder / "password")) as bob:
@@ -665,7 +666,8 @@ class Locked(TestCase):
                     ann.expect("")
                     self.assertEqual(ann.line().partition(":")[2], text)
         with TlsServer() as server, client(server.port, *known, str(folder / "password")) as program:
-            program.expect(GREETING, "", mychatclient.NOT_ASKED)
+            program.expect(GREETING)
+            self.assertEqual(program.errors(), f"{mychatclient.NOT_ASKED}\n")
 
     def test_who_has_not_finished_the_handshake_makes_room(self) -> None:
         with TlsServer(constants={"DOOR_PLACES": 1}) as server, Peer(LOOPBACK, server.port) as silent:
@@ -674,6 +676,15 @@ class Locked(TestCase):
                 program.expect(GREETING)
                 silent.expect("* refused: too many are waiting to enter")
                 silent.expect_end()
+
+    def test_a_client_for_which_there_is_no_place_says_so(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            connection.recv(1_000)
+            connection.sendall(b"* refused: too many are waiting\n")
+
+        with home_made_server(serve) as port, client(port, "--tls-ca", trust()) as program:
+            self.assertEqual((program.wait(), program.output), (1, b""))
+            self.assertEqual(program.errors(), "The server has turned this client away; try again later.\n")
 
 
 class Ends(TestCase):

@@ -1,0 +1,323 @@
+"""The client where Python has no readline, but prompt_toolkit: the tests of tests.test_terminal, and more.
+
+prompt_toolkit moves the cursor about, so what is looked at is never its output, but what a terminal makes of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import pathlib
+import random
+import signal
+import socket
+import sys
+import termios
+import time
+import unittest
+from typing import Any
+from unittest import mock
+
+from tests import test_reference, test_terminal
+from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase, eventually, without
+from tests.test_terminal import GREETING
+
+LONG = "MYCHAT_LONG" in os.environ
+NEEDS_PROMPT_TOOLKIT = unittest.skipUnless(
+    importlib.util.find_spec("prompt_toolkit"), "needs prompt_toolkit: python -m pip install prompt_toolkit"
+)
+
+
+class Emulated(Terminal):
+    """A program in a terminal whose emulator keeps the screen, and what has left it."""
+
+    def __init__(self, *command: str, rows: int = 24, columns: int = 80, own: bool = True) -> None:
+        import pyte
+
+        self.emulator: Any = pyte.HistoryScreen(columns, rows, history=10_000)
+        self._stream = pyte.ByteStream(self.emulator)
+        self._fed = 0  # so much of the output
+        super().__init__(*command, rows=rows, columns=columns, own=own)
+
+    def screen(self) -> str:
+        """Return what is shown down to the cursor, without blanks before a new row; a full row goes on in the next."""
+        return self._last_rows(len(self.emulator.history.top) + self.emulator.lines)
+
+    def _last_rows(self, count: int) -> str:
+        self._stream.feed(self.output[self._fed :])
+        self._fed = len(self.output)
+        cursor, columns = self.emulator.cursor, range(self.emulator.columns)
+        rows = [self.emulator.buffer[row] for row in range(cursor.y + 1)]
+        gone = self.emulator.history.top
+        rows[:0] = [gone[row] for row in range(max(0, len(gone) + len(rows) - count), len(gone))]
+        texts = ["".join(row[column].data for column in columns) for row in rows]
+        above = "".join(text.rstrip() + "\n" if text.endswith(" ") else text for text in texts[:-1])
+        last = texts[-1].rstrip().ljust(cursor.x)
+        return above + last if last else above.removesuffix("\n") + "\n"  # a new row, below a full one too
+
+    def wait_for(self, text: str, seconds: float = SECONDS, within: bool = False) -> None:
+        text = text.replace(" \n", "\n").replace("\b", "")
+        rows = text.count("\n") + len(text) // self.emulator.columns + 2
+        deadline = time.monotonic() + seconds
+        while not (text in self.screen() if within else self._last_rows(rows).endswith(text)):
+            if not self.read(deadline - time.monotonic()):
+                raise Overdue(f"{text!r} does not end {self.screen()!r}")
+
+
+class Judged(test_terminal.Judged, Emulated):
+    """A client in such a terminal."""
+
+    def settle(self) -> tuple[list[str], tuple[int, int]]:
+        """Return what is shown when the client waits, has read what was typed, and nothing has come for a while."""
+        waiting = pathlib.Path(f"/proc/{self.process.pid}/wchan")
+
+        def is_settled() -> bool:
+            unread = fcntl.ioctl(self._slave, termios.FIONREAD, bytes(4))
+            return not self.read(0.15) and not any(unread) and "poll" in waiting.read_text()
+
+        eventually(is_settled)
+        return self.shows()
+
+
+class WithoutReadline(unittest.TestCase):
+    """Has the programs of other tests find no readline, and run in such terminals."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for patch in (
+            without("readline"),
+            mock.patch.object(test_reference, "Terminal", Emulated),
+            mock.patch.object(test_terminal, "Terminal", Emulated),
+            mock.patch.object(test_terminal, "Judged", Judged),
+        ):
+            patch.__enter__()
+            self.addCleanup(patch.__exit__, None, None, None)
+
+
+class Choice(TestCase):
+    def converse(self) -> None:
+        """Start a client in a terminal, have something said to it, and leave."""
+        with (
+            socket.create_server((LOOPBACK, 0)) as listener,
+            Terminal(sys.executable, CLIENT, "--no-color", LOOPBACK, str(listener.getsockname()[1])) as client,
+        ):
+            listener.settimeout(SECONDS)
+            server, _ = listener.accept()
+            with server:
+                server.sendall(b"54358:Hi!\n")
+                client.wait_for("Hi!\n")
+                client.type("exit\r")
+                self.assertEqual(server.recv(100), b"exit\n")
+            self.assertEqual(client.wait(), 0)
+            self.assertEqual(client.screen(), f"{GREETING}\n\n54358:Hi!\nexit\nDisconnected from server\n")
+
+    def test_where_there_is_gnu_readline_nothing_is_imported(self) -> None:
+        with without("prompt_toolkit", error="SystemExit"):
+            self.converse()
+
+    def test_where_there_is_neither_the_screen_is_plain(self) -> None:
+        with without("readline", "prompt_toolkit"):
+            self.converse()
+
+
+@test_terminal.NEEDS_PYTE
+@NEEDS_PROMPT_TOOLKIT
+class Reference(WithoutReadline, test_reference.ReferenceConversation):
+    def test_the_reference_conversation(self) -> None:
+        """Server and all three screens match to the letter, but for blanks that a screen does not show."""
+        screens = tuple(screen.replace("{blank}", "") for screen in test_reference.SCREENS)
+        with mock.patch.object(test_reference, "SCREENS", screens):
+            self.converse()
+
+
+@test_terminal.NEEDS_PYTE
+@NEEDS_PROMPT_TOOLKIT
+class HalfTyped(WithoutReadline, test_terminal.HalfTyped):
+    @unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest")
+    def test_every_message(self) -> None:
+        super().test_every_message()
+
+
+@test_terminal.NEEDS_PYTE
+@NEEDS_PROMPT_TOOLKIT
+class Typing(WithoutReadline, test_terminal.Typing):
+    test_vi_mode_of_the_users_inputrc = None  # type: ignore[assignment] # prompt_toolkit reads none
+    # How often the line was drawn again only its bytes would tell; that it is whole the floods do.
+    test_drawing_on_a_terminal_that_takes_less_than_is_drawn = None  # type: ignore[assignment]
+
+    def test_a_paste_of_five_hundred_lines_is_sent_in_order_and_shown_once(self) -> None:
+        self.paste(500 if LONG else 100)
+
+    def test_floods_while_someone_types_and_edits(self) -> None:
+        """What is typed is sent as it was typed, every message is whole, and the screen is right."""
+        for seed in range(20 if LONG else 2):
+            with self.subTest(seed=seed):
+                self.flood(seed)
+
+    def test_nothing_half_typed_is_the_reference(self) -> None:
+        """A blank at a line's end is there, too, though a screen does not show it."""
+        with Judged(12, "--no-color", columns=60) as client:
+            for typed, message in (("Hi!\r", "54383:Hello! "), ("\r", "54396:How are you guys doing?")):
+                shown = client.screen()
+                client.type(typed)
+                client.wait_for(shown + typed.replace("\r", "\n"))
+                client.say([message])
+                client.wait_for(f"{typed[:-1]}\n\n{message}\n")
+            self.assertEqual(client.screen(), f"{GREETING}\nHi!\n\n54383:Hello!\n\n\n54396:How are you guys doing?\n")
+            self.assertIn(b"54383:Hello! \r\n", client.output)
+            self.assertNotIn(b"\x1b[6n", client.output)  # an answer to that would have to be waited for
+
+    def test_a_line_too_long_is_not_sent_and_comes_back(self) -> None:
+        with Judged(10, "--no-color") as client:
+            background = Background()
+            background.run(client.type, "\x1b[200~" + "x" * 65_540 + "\x1b[201~\r")
+            client.wait_for("* line too long: 65536 bytes at most, this line was not sent", within=True)
+            background.join()
+            client.type("\x7f" * 4 + "\r")
+            hearing = background.run(lambda: self.assertEqual(client.heard(), "x" * 65_536))
+            while hearing.is_alive():
+                client.read(0.1)
+            background.join()
+
+    def test_a_paste_that_the_terminal_marks(self) -> None:
+        """A newline in it ends a line, a tab in it is a tab, and what is behind the last newline can be edited."""
+        with Judged(10, "--no-color") as client:
+            client.say(["annika:Hi!"])
+            client.wait_for("annika:Hi!\n")
+            client.type("so: \x1b[200~one\ran\tx\r\n\nhalf a li\x1b[201~")
+            self.assertEqual([client.heard(), client.heard()], ["so: one", "an\tx"])
+            client.type("ne\r")
+            self.assertEqual(client.heard(), "half a line")
+            client.wait_for("\n\nannika:Hi!\nso: one\nan      x\n\nhalf a line\n")
+
+    def test_tab_completes_labels_that_were_seen(self) -> None:
+        """What begins so in any case; those that come into question are listed above the line, without a question."""
+        with Judged(10, "--no-color") as client:
+            client.say(["annika:Hi!", "bob:Hi!", "* 54358 is now Zoë", "Anton:Hi!"])
+            client.wait_for("Anton:Hi!\n")
+            for typed, shown, expected in (
+                ("/msg B\t", "/msg bob", "/msg bob Hi!"),
+                ("zo\t", "Zoë", "Zoë Hi!"),
+                ("ann\t", "annika", "annika Hi!"),
+                ("c\t", "c       ", "c\t Hi!"),
+                ("a\t", "an", "an Hi!"),
+            ):
+                with self.subTest(typed=typed):
+                    client.type(typed)
+                    client.wait_for(f"\n{shown}")
+                    client.type(" Hi!\r")
+                    self.assertEqual(client.heard(), expected)
+                    client.wait_for(" Hi!\n")
+            client.type("AN\t")
+            client.wait_for("annika  Anton\nAN")
+            client.say(["bob:meanwhile"])
+            client.wait_for("annika  Anton\n\nbob:meanwhile\nAN")
+
+    def test_however_many_labels_fit_they_are_listed_without_a_question(self) -> None:
+        with Judged(10, "--no-color") as client:
+            client.say([f"a{number}:Hi!" for number in range(300)])
+            client.wait_for("a299:Hi!\n")
+            client.type("a\t")
+            client.wait_for("a298  a299\na")
+
+
+@test_terminal.NEEDS_PYTE
+@NEEDS_PROMPT_TOOLKIT
+class Endings(WithoutReadline, test_terminal.Endings):
+    def half_typed(self) -> test_terminal.Judged:
+        client = super().half_typed()
+        client.wait_for("half a li")
+        return client
+
+    def test_ctrl_c_in_a_search(self) -> None:
+        client = self.half_typed()
+        client.type("\x12")
+        client.wait_for("half a li", within=True)
+        client.type("\x03")
+        self.assertEqual(client.wait(), 130)
+        self.assertEqual(client.attributes(), client.before)
+        self.assertTrue(client.screen().endswith("\nDisconnected from server\n"))
+
+    @unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest")
+    def test_ctrl_c_while_the_server_does_not_take_what_is_sent(self) -> None:
+        """What comes is still shown."""
+        with Judged(10, "--no-color") as client:
+            with contextlib.suppress(Overdue):  # not shown any more: the line before is being sent
+                for number in range(10_000):
+                    client.type(f"\x1b[200~{number:3900}\x1b[201~\r")
+                    client.wait_for(f"{number}\n", seconds=2)
+            client.say(["54358:Hi!"])
+            client.wait_for("54358:Hi!\n")
+            client.type("\x03")
+            self.assertEqual(client.wait(), 130)
+            self.assertEqual(client.attributes(), client.before)
+
+    def test_ctrl_z_bg_and_fg_under_a_shell(self) -> None:
+        """In the background it stops before it touches the terminal; then the line is back, and messages show."""
+        with (
+            socket.create_server((LOOPBACK, 0)) as listener,
+            Emulated("/bin/bash", "--norc", "--noprofile", "-i") as shell,
+        ):
+            listener.settimeout(SECONDS)
+            shell.type("PS1='$ '\r")
+            shell.wait_for("$ ")
+            shell.type(f"{sys.executable} {CLIENT} --no-color {LOOPBACK} {listener.getsockname()[1]}\r")
+            server, _ = listener.accept()
+            with server:
+                shell.wait_for(GREETING + "\n")
+                shell.type("half a li")
+                shell.wait_for("half a li")
+                for commands in ("fg\r", "bg; while ! jobs | grep Stopped; do sleep 0.1; done; fg\r"):
+                    shell.type("\x1a")
+                    shell.wait_for("$ ")
+                    shell.type(commands)
+                    shell.wait_for("\nhalf a li")
+                    server.sendall(b"54358:Hi!\n")
+                    shell.wait_for("\n\n54358:Hi!\nhalf a li")
+                shell.type("ne\r")
+                self.assertEqual(server.recv(100), b"half a line\n")
+
+    def test_with_nothing_half_typed_no_row_is_left_empty(self) -> None:
+        for number in (signal.SIGTERM, 0):
+            with self.subTest(number=number), Judged(10, "--no-color") as client:
+                client.type("Hi!\r")
+                self.assertEqual(client.heard(), "Hi!")
+                client.settle()
+                if number:
+                    client.process.send_signal(number)
+                    self.assertEqual(client.wait(), -number)
+                    self.assertEqual(client.screen(), f"{GREETING}\nHi!\n")
+                else:
+                    client.server.close()
+                    self.assertEqual(client.wait(), 1)
+                    self.assertIn(f"{GREETING}\nHi!\nConnection lost: ", client.screen())
+
+    def test_the_end_in_the_middle_of_a_flood(self) -> None:
+        """The status is the right one, whatever is being drawn at that moment, and the terminal is as before."""
+        for seed in range(100 if LONG else 6):
+            for typed, status in (("\x03", 130), ("", 1)):
+                with self.subTest(seed=seed, typed=typed), Judged(10, "--no-color") as client:
+                    background = Background()
+                    client.type("half a li")
+
+                    def flood(server: socket.socket = client.server) -> None:
+                        with contextlib.suppress(OSError):  # the client has left
+                            while True:
+                                server.sendall(b"54358:message of a flood\n")
+
+                    background.run(flood)
+                    deadline = time.monotonic() + random.Random(seed).uniform(0.05, 0.3)
+                    while time.monotonic() < deadline:
+                        client.read(0.01)
+                    client.type(typed)
+                    if not typed:
+                        client.server.shutdown(socket.SHUT_RDWR)
+                    while client.process.poll() is None:
+                        client.read(0.01)
+                    self.assertEqual(client.wait(), status)
+                    self.assertEqual(client.attributes(), client.before)
+                    with contextlib.suppress(OSError):  # it is done already
+                        client.server.shutdown(socket.SHUT_RDWR)
+                    background.join()
