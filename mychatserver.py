@@ -2284,6 +2284,7 @@ class Link(Writer):
                     await self._on_connected()
                 except Unusable as problem:
                     self._tell(str(problem))
+                    self._patience = Deadline(0)  # this one does not try again
             await asyncio.sleep(LINK_SIGN_SECONDS)
 
     async def _on_disconnected(self) -> None:
