@@ -964,7 +964,7 @@ def check_beginning(block: bytes) -> None:
     if block[:9].upper().startswith((b"HTTP/", b"<!DOCTYPE", b"<HTML")):
         raise FatalConnectError("that is a web server; check host and port.")
     # Alert, handshake: RFC 8446, 5.1; or what mychatserver.py says.
-    if block.startswith((b"\x15\x03", b"\x16\x03", b"* this server speaks TLS")):
+    if block.startswith((b"\x15\x03", b"\x16\x03", REFUSED + b"this server speaks TLS")):
         raise FatalConnectError(NEEDS_TLS)
 
 
@@ -1417,7 +1417,7 @@ class Password:
         """Give a password; return whether it is the right one. Blocks ANSWER_SECONDS at most."""
         sock.sendall(password + b"\n")
         reply = read_line(sock, time.monotonic() + ANSWER_SECONDS)
-        if reply not in (b"* password accepted\n", b"* wrong password\n"):
+        if reply not in (b"* password accepted\n", b"* wrong password\n", REFUSED + b"wrong password\n"):
             said = clean(reply).decode().strip("* \n") or "it closed the connection"
             raise NotConnected(f"The server has not let us in: {said}; try again later.")
         return reply == b"* password accepted\n"

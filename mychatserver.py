@@ -2175,7 +2175,6 @@ class Link(Writer):
         import asyncio
 
         while True:
-            await asyncio.sleep(LINK_SIGN_SECONDS)
             await self._on_disconnected()  # the library may wait for a NATS that is stopped before it says so
             if not self._patience:
                 await self._nats.publish(self._subject())
@@ -2186,6 +2185,8 @@ class Link(Writer):
                     await self._on_connected()
                 except Unusable as problem:
                     self._tell(str(problem))
+                    self._patience = Deadline(0)  # this one does not try again
+            await asyncio.sleep(LINK_SIGN_SECONDS)
 
     async def _on_disconnected(self) -> None:
         """Have people told, and nothing sent, unless that is known, or there is a connection: a new client's."""
