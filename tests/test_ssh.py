@@ -277,15 +277,31 @@ class Chat(ThroughSsh):
                 program.wait()
             eventually(lambda: not any(map(is_there, children)))
 
-    def test_a_shell_that_talks_before_it_runs_a_command(self) -> None:
-        self.machine.write("shell", "#!/bin/sh", "echo Welcome to my shell", 'exec /bin/sh "$@"')
-        (self.machine.folder / "shell").chmod(0o755)
-        shell = {"SHELL": str(self.machine.folder / "shell")}
-        with mock.patch.dict(os.environ, shell), Server() as server, self.client(LOOPBACK, str(server.port)) as program:
-            program.expect(GREETING)
-            program.end_input()
-            self.assertEqual(program.wait(), 0)
-            self.assertEqual(program.output.decode(), f"{GREETING}\n{FAREWELL}\n")
+    def test_a_login_shell_that_talks_or_runs_nothing_does_not_matter(self) -> None:
+        for script in ("echo Welcome to my shell; exec /bin/sh", "exit 1;"):
+            self.machine.write("shell", "#!/bin/sh", f'{script} "$@"')
+            (self.machine.folder / "shell").chmod(0o755)
+            shell = {"SHELL": str(self.machine.folder / "shell")}
+            with (
+                self.subTest(script=script),
+                mock.patch.dict(os.environ, shell),
+                Server() as server,
+                self.client(LOOPBACK, str(server.port)) as program,
+            ):
+                program.expect(GREETING)
+                program.end_input()
+                self.assertEqual(program.wait(), 0)
+                self.assertEqual(program.output.decode(), f"{GREETING}\n{FAREWELL}\n")
+
+    def test_ssh_that_never_gets_through_is_not_waited_for_without_end(self) -> None:
+        self.machine.write("bin/ssh", "#!/bin/sh", "exec sleep 1000")
+        script = "import sys, mychatclient as c; c.SSH_SECONDS = 0.5; sys.exit(c.main(sys.argv[1:]))"
+        with (
+            mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}),
+            Program(sys.executable, "-c", script, "--ssh", "box", keep_input=True) as program,
+        ):
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), "^No connection to box: ")
 
 
 class Asking(ThroughSsh):
