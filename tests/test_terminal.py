@@ -421,7 +421,7 @@ class Endings(TestCase):
         self.assertEqual(client.attributes(), client.before)
 
     def half_typed(self) -> Judged:
-        client = Judged(10, "--no-color", constants={"STUCK_SECONDS": 0.3})
+        client = Judged(10, "--no-color")
         self.addCleanup(client.__exit__)
         client.type("half a li")
         client.settle()
