@@ -32,6 +32,8 @@ import mychatserver
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = str(ROOT / "mychatserver.py")
 CLIENT = str(ROOT / "mychatclient.py")
+# What runs the programs: without what is installed beside the standard library, on which they must not depend.
+PYTHON = sys.executable, "-S"
 SECONDS = 60.0  # for anything that should happen soon: generous, as machines may be busy
 LOOPBACK = "127.0.0.1"
 
@@ -86,8 +88,8 @@ def command_of(program: str, constants: Mapping[str, object] | None = None, setu
     ``constants`` stand in for its module's own, where a test cannot wait as long as they say; ``setup`` is run first.
     """
     if constants is None and not setup:
-        return sys.executable, program
-    return sys.executable, "-c", f"{setup}\n{LAUNCHER}", program, repr(dict(constants or {}))
+        return *PYTHON, program
+    return *PYTHON, "-c", f"{setup}\n{LAUNCHER}", program, repr(dict(constants or {}))
 
 
 class TestCase(unittest.TestCase):

@@ -23,6 +23,7 @@ from tests.support import (
     LONG,
     LOOPBACK,
     NEEDS_ROOT,
+    PYTHON,
     SECONDS,
     TAKE_TERMINAL,
     Background,
@@ -90,7 +91,7 @@ def client(port: int, *options: str, constants: Mapping[str, object] | None = No
 
 def in_terminal(port: int, *options: str) -> Terminal:
     """Return a client that has greeted in a terminal."""
-    terminal = Terminal(sys.executable, CLIENT, *options, LOOPBACK, str(port))
+    terminal = Terminal(*PYTHON, CLIENT, *options, LOOPBACK, str(port))
     terminal.wait_for(f"{GREETING}\n")
     return terminal
 
@@ -158,7 +159,7 @@ class Pipes(SharedServerTestCase):
     def test_a_shared_input_that_somebody_makes_non_blocking_is_read_to_its_end(self) -> None:
         reading, writing = os.pipe()
         with self.server.peer() as ann:
-            command = (sys.executable, CLIENT, LOOPBACK, str(self.server.port))
+            command = (*PYTHON, CLIENT, LOOPBACK, str(self.server.port))
             program = subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL)
             self.addCleanup(program.kill)
             for number in range(3):
@@ -226,7 +227,7 @@ class Pipes(SharedServerTestCase):
             head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             assert head.stdin
             with Program(
-                sys.executable, CLIENT, LOOPBACK, str(self.server.port), keep_input=True, output=head.stdin.fileno()
+                *PYTHON, CLIENT, LOOPBACK, str(self.server.port), keep_input=True, output=head.stdin.fileno()
             ) as program:
                 first, _ = head.communicate(timeout=SECONDS)
                 self.assertEqual(first.decode(), f"{GREETING}\n")
@@ -242,7 +243,7 @@ class Pipes(SharedServerTestCase):
     def test_standard_output_that_is_closed_at_the_start(self) -> None:
         """The connection does not get its number, so nothing that is shown goes to the server."""
         with self.server.peer() as ann:
-            command = ("sh", "-c", 'exec "$@" >&-', "sh", sys.executable, CLIENT, LOOPBACK, str(self.server.port))
+            command = ("sh", "-c", 'exec "$@" >&-', "sh", *PYTHON, CLIENT, LOOPBACK, str(self.server.port))
             with Program(*command, keep_input=True) as program:
                 self.server.line()
                 program.send(b"hello\n")
@@ -282,7 +283,7 @@ class Pipes(SharedServerTestCase):
 
     def test_ctrl_c_is_not_for_a_background_job(self) -> None:
         """Where SIGINT is ignored from the start it stays so."""
-        command = ("sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, CLIENT, LOOPBACK, str(self.server.port))
+        command = ("sh", "-c", 'trap "" INT; exec "$@"', "sh", *PYTHON, CLIENT, LOOPBACK, str(self.server.port))
         with Program(*command, keep_input=True) as program:
             program.expect(GREETING)
             program.process.send_signal(signal.SIGINT)
@@ -306,7 +307,7 @@ class Pipes(SharedServerTestCase):
 
     def test_input_that_cannot_be_read_is_none(self) -> None:
         with open(os.devnull, "wb") as unreadable:
-            command = [sys.executable, CLIENT, LOOPBACK, str(self.server.port)]
+            command = [*PYTHON, CLIENT, LOOPBACK, str(self.server.port)]
             done = subprocess.run(command, stdin=unreadable, capture_output=True, timeout=SECONDS, check=False)
             self.assertEqual((done.returncode, done.stderr), (0, b""))
             self.assertEqual(done.stdout.decode(), f"{GREETING}\n{FAREWELL}\n")
@@ -317,13 +318,13 @@ class Pipes(SharedServerTestCase):
         self.addCleanup(os.close, reader)
         self.addCleanup(os.close, writer)
         os.set_blocking(writer, False)
-        with Program(sys.executable, CLIENT, LOOPBACK, str(self.server.port), output=writer) as program:
+        with Program(*PYTHON, CLIENT, LOOPBACK, str(self.server.port), output=writer) as program:
             self.assertEqual(program.wait(), 0)
             self.assertTrue(os.get_blocking(writer))
 
     def test_a_full_disk_is_told(self) -> None:
         with open("/dev/full", "wb") as full:
-            command = (sys.executable, CLIENT, LOOPBACK, str(self.server.port))
+            command = (*PYTHON, CLIENT, LOOPBACK, str(self.server.port))
             with Program(*command, output=full.fileno()) as program:
                 self.assertEqual(program.wait(), 1)
                 self.assertRegex(program.errors(), r"^Cannot show what comes: No space left on device; [^\n]+\n$")
@@ -432,7 +433,7 @@ class Terminals(SharedServerTestCase):
     def test_a_terminal_to_type_in_and_nothing_to_show_on(self) -> None:
         for closed in (">&-", "2>&-", ">&- 2>&-"):
             with self.subTest(closed=closed), self.server.peer() as ann:
-                arguments = ("sh", sys.executable, CLIENT, *self.client_options, LOOPBACK, str(self.server.port))
+                arguments = ("sh", *PYTHON, CLIENT, *self.client_options, LOOPBACK, str(self.server.port))
                 with Terminal("/bin/sh", "-c", f'exec "$@" {closed}', *arguments) as terminal:
                     self.server.newcomer()
                     terminal.type("hello\nexit\n")
@@ -562,7 +563,7 @@ class Looks(SharedServerTestCase):
         ):
             with self.subTest(options=options, environment=environment):
                 settings = [f"{name}={value}" for name, value in environment.items()]
-                command = ["/usr/bin/env", *settings, sys.executable, CLIENT, *options, LOOPBACK, str(self.server.port)]
+                command = ["/usr/bin/env", *settings, *PYTHON, CLIENT, *options, LOOPBACK, str(self.server.port)]
                 with Terminal(*command) as terminal:
                     terminal.wait_for(f"{GREETING}\n")
                     self.server.newcomer()
@@ -695,7 +696,7 @@ class Quitting(SharedServerTestCase):
 class Connecting(TestCase):
     def fails(self, *arguments: str, status: int = 1, sentence: str) -> None:
         """Fail unless the client ends with this status and says so in one line on standard error."""
-        with Program(sys.executable, CLIENT, *arguments) as program:
+        with Program(*PYTHON, CLIENT, *arguments) as program:
             self.assertEqual(program.wait(), status)
             self.assertEqual(program.output, b"")
             self.assertIn(sentence, program.errors())
@@ -726,7 +727,7 @@ class Connecting(TestCase):
             settings.write(f"nameserver {host}\noptions timeout:30 attempts:5\n".encode())
             settings.flush()
             script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
-            command = ("unshare", "-m", "sh", "-c", script, settings.name, sys.executable, CLIENT, "chat.example.org")
+            command = ("unshare", "-m", "sh", "-c", script, settings.name, *PYTHON, CLIENT, "chat.example.org")
             with Program(*command) as program:
                 name_server.recvfrom(1_000)
                 program.process.send_signal(signal.SIGINT)
@@ -749,7 +750,7 @@ class Connecting(TestCase):
                 self.fails(*arguments, status=2, sentence=sentence)
 
     def test_version(self) -> None:
-        with Program(sys.executable, CLIENT, "--version") as program:
+        with Program(*PYTHON, CLIENT, "--version") as program:
             self.assertEqual(program.wait(), 0)
             self.assertEqual(program.output.decode(), f"mychatclient {mychatclient.__version__}\n")
 

@@ -17,7 +17,7 @@ import time
 import unittest
 from collections.abc import Callable
 
-from tests.support import CLIENT, LONG, LOOPBACK, SECONDS, Background, Peer, Server, TestCase, eventually
+from tests.support import CLIENT, LONG, LOOPBACK, PYTHON, SECONDS, Background, Peer, Server, TestCase, eventually
 
 FAULT_SECONDS = 60.0 if LONG else 0.0  # but one round at least
 ROUND_SECONDS = 3.0 if LONG else 1.5
@@ -123,7 +123,7 @@ def leave(peer: Peer, dice: random.Random) -> None:
 
 def vanish(port: int, dice: random.Random) -> None:
     """Be a program that is killed."""
-    command = [sys.executable, CLIENT, LOOPBACK, str(port)]
+    command = [*PYTHON, CLIENT, LOOPBACK, str(port)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as program:

@@ -13,7 +13,7 @@ import mychatclient
 import mychatserver
 from tests.support import LOOPBACK, ROOT, Program, TestCase
 
-OPTIONAL = {"prompt_toolkit"}  # used where it is installed
+OPTIONAL = {"nats", "nkeys", "prompt_toolkit"}  # used where it is installed
 MODULES = ("mychatserver", "mychatclient")
 
 

@@ -21,6 +21,7 @@ from tests.support import (
     CLIENT,
     LOOPBACK,
     NEEDS_IPV6,
+    PYTHON,
     SECONDS,
     SERVER,
     Background,
@@ -128,7 +129,7 @@ class Addresses(Guests):
                 guests = mychatserver.Guests([mychatserver.network(text)], b"", None, None)
                 self.assertTrue(guests.are_allowed_from(inside))
                 self.assertFalse(guests.are_allowed_from(outside))
-        with Program(sys.executable, SERVER, "--allow", "10.0.0.0/33") as program:
+        with Program(*PYTHON, SERVER, "--allow", "10.0.0.0/33") as program:
             self.assertEqual(program.wait(), 2)
             self.assertIn("'10.0.0.0/33' is not a network: 192.168.1.0/24", program.errors())
 
@@ -295,7 +296,7 @@ class Passwords(Guests):
         guest.expect(QUESTION, ACCEPTED)
         for form in ("utf-16-le", "utf-16-be"):
             self.file.write_bytes(f"\ufeff{SECRET}\r\n".encode(form))
-            with Program(sys.executable, SERVER, "--password-file", str(self.file)) as program:
+            with Program(*PYTHON, SERVER, "--password-file", str(self.file)) as program:
                 self.assertEqual(program.wait(), 1)
                 self.assertRegex(program.errors(), r"^\S+ is in UTF-16, [^\n]*: save it as UTF-8\.\n$")
 
@@ -309,7 +310,7 @@ class Clients(Guests):
     """The client at a server that wants a password, or does not."""
 
     def client(self, server: Server, *options: str) -> Program:
-        command = (sys.executable, CLIENT, *options, LOOPBACK, str(server.port))
+        command = (*PYTHON, CLIENT, *options, LOOPBACK, str(server.port))
         program: Program = self.stack.enter_context(Program(*command, keep_input=True))
         return program
 
@@ -323,7 +324,7 @@ class Clients(Guests):
         server = self.ask()
         for options in ((), ("--reconnect",)):
             with self.subTest(options=options):
-                command = (sys.executable, CLIENT, *options, LOOPBACK, str(server.port))
+                command = (*PYTHON, CLIENT, *options, LOOPBACK, str(server.port))
                 with Terminal(*command, own=False) as terminal:
                     terminal.type("hello all\r")
                     self.assertEqual(terminal.wait(), 1)
@@ -366,7 +367,7 @@ class Clients(Guests):
             sent.append(sock.recv(100))
 
         with home_made_server(serve) as port:
-            command = (sys.executable, CLIENT, LOOPBACK, str(port))
+            command = (*PYTHON, CLIENT, LOOPBACK, str(port))
             with Program(*command, keep_input=True) as program:
                 eventually(lambda: program.errors())
                 with contextlib.suppress(BrokenPipeError):  # it may have ended by now
@@ -473,7 +474,7 @@ class Clients(Guests):
             self.assertEqual(sock.recv(100), b"")
 
         with home_made_server(late) as port:
-            client = self.stack.enter_context(Terminal(sys.executable, CLIENT, LOOPBACK, str(port)))
+            client = self.stack.enter_context(Terminal(*PYTHON, CLIENT, LOOPBACK, str(port)))
             client.wait_for(f"{GREETING}\n")
             client.type("too early\r")
             self.assertEqual(client.wait(), 1)

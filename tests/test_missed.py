@@ -18,6 +18,7 @@ import unittest
 from mychatserver import HISTORY_BYTES
 from tests.support import (
     LONG,
+    PYTHON,
     SERVER,
     SMALL_BUFFERS,
     Background,
@@ -188,14 +189,14 @@ class LogTests(TestCase):
 
     def test_a_path_that_cannot_be_written(self) -> None:
         for path in (str(self.path / "x"), str(self.path.parent)):
-            with Program(sys.executable, SERVER, "--port", "0", "--log", path) as program:
+            with Program(*PYTHON, SERVER, "--port", "0", "--log", path) as program:
                 self.assertEqual(program.wait(), 1)
                 self.assertRegex(program.errors(), r"^Cannot write to \S+: [^\n]+; give --log another file\.\n$")
 
     def test_a_fifo_is_a_log_as_long_as_somebody_reads_it(self) -> None:
         """Without a reader the server says so, at its start and later, and waits for nobody."""
         os.mkfifo(self.path)
-        with Program(sys.executable, SERVER, "--port", "0", "--log", str(self.path)) as program:
+        with Program(*PYTHON, SERVER, "--port", "0", "--log", str(self.path)) as program:
             self.assertEqual(program.wait(), 1)
             self.assertRegex(program.errors(), r"^Cannot write to \S+: [^\n]+; give --log another file\.\n$")
         reader = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)

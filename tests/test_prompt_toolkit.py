@@ -20,7 +20,7 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from tests import test_reference, test_terminal
+from tests import support, test_reference, test_terminal
 from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase, eventually, without
 from tests.test_terminal import GREETING
 
@@ -88,6 +88,8 @@ class WithoutReadline(unittest.TestCase):
         super().setUp()
         for patch in (
             without("readline"),
+            mock.patch.object(support, "PYTHON", (sys.executable,)),  # with what is installed beside it
+            mock.patch.object(test_reference, "PYTHON", (sys.executable,)),
             mock.patch.object(test_reference, "Terminal", Emulated),
             mock.patch.object(test_terminal, "Terminal", Emulated),
             mock.patch.object(test_terminal, "Judged", Judged),

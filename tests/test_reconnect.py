@@ -15,6 +15,7 @@ from tests.support import (
     CLIENT,
     LONG,
     LOOPBACK,
+    PYTHON,
     SECONDS,
     Peer,
     Program,
@@ -231,10 +232,10 @@ class Reconnecting(TestCase):
         self.assertIn("Connection lost: that is a web server", client.screen())
 
     def test_without_a_terminal_or_a_first_connection_there_is_no_such_thing(self) -> None:
-        with Program(sys.executable, CLIENT, "--reconnect", LOOPBACK, str(self.port)) as program:
+        with Program(*PYTHON, CLIENT, "--reconnect", LOOPBACK, str(self.port)) as program:
             self.assertEqual(program.wait(), 2)
             self.assertIn("--reconnect is for a terminal", program.errors())
-        command = (sys.executable, CLIENT, "--reconnect", LOOPBACK, str(self.port))
+        command = (*PYTHON, CLIENT, "--reconnect", LOOPBACK, str(self.port))
         with Terminal(*command) as terminal:
             self.assertEqual(terminal.wait(), 1)
             self.assertRegex(terminal.screen(), r"^No server at [^\n]+\n$")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 
-from tests.support import CLIENT, LOOPBACK, Server, Terminal, TestCase
+from tests.support import CLIENT, LOOPBACK, PYTHON, Server, Terminal, TestCase
 
 SERVER_OUTPUT = """\
 Server listening on 127.0.0.1:12000
@@ -95,7 +94,7 @@ class ReferenceConversation(TestCase):
             ports = {"12000": str(server.port)}
             try:
                 for port in ("54358", "54383", "54396"):
-                    terminals.append(Terminal(sys.executable, CLIENT, *options, LOOPBACK, str(server.port)))
+                    terminals.append(Terminal(*PYTHON, CLIENT, *options, LOOPBACK, str(server.port)))
                     terminals[-1].wait_for("Type 'exit' to leave.\n")
                     ports[port] = server.line().rpartition(" ")[2].rstrip(")")
                 say_all(terminals, list(ports.values())[1:])

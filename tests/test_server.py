@@ -15,6 +15,7 @@ import mychatserver
 from tests.support import (
     LOOPBACK,
     NEEDS_IPV6,
+    PYTHON,
     SECONDS,
     SERVER,
     Background,
@@ -36,7 +37,7 @@ LINUX = unittest.skipUnless(sys.platform == "linux", "needs Linux: /proc tells o
 class Options(TestCase):
     def fails(self, *options: str, status: int, sentence: str) -> None:
         """Fail unless the server ends with this status and says so on standard error, in one line if status is 1."""
-        with Program(sys.executable, SERVER, *options) as program:
+        with Program(*PYTHON, SERVER, *options) as program:
             self.assertEqual(program.wait(), status)
             self.assertEqual(program.output, b"")
             errors = program.errors()
@@ -45,7 +46,7 @@ class Options(TestCase):
                 self.assertEqual(errors.count("\n"), 1, errors)
 
     def test_version(self) -> None:
-        with Program(sys.executable, SERVER, "--version") as program:
+        with Program(*PYTHON, SERVER, "--version") as program:
             self.assertEqual(program.wait(), 0)
             self.assertEqual(program.output.decode(), f"mychatserver {mychatserver.__version__}\n")
 
@@ -150,7 +151,7 @@ class Ending(TestCase):
                 self.assertEqual(server.wait(), 0)
                 self.assertEqual(server.output.count(b"Connection closed"), 2)
                 self.assertEqual(server.errors(), "")
-                with Program(sys.executable, SERVER, "--port", str(server.port)) as next_one:
+                with Program(*PYTHON, SERVER, "--port", str(server.port)) as next_one:
                     next_one.expect(f"Server listening on {LOOPBACK}:{server.port}")
 
     def test_what_was_said_before_the_end_still_arrives(self) -> None:
@@ -264,7 +265,7 @@ class Output(TestCase):
         port = free_port()
         reading, writing = os.pipe()
         with open(reading, "rb") as output:
-            server = Program(sys.executable, SERVER, "--port", str(port), output=writing)
+            server = Program(*PYTHON, SERVER, "--port", str(port), output=writing)
             os.close(writing)
             self.assertEqual(output.readline().decode(), f"Server listening on {LOOPBACK}:{port}\n")
         with server, Peer(LOOPBACK, port) as ann, Peer(LOOPBACK, port) as bob:
@@ -276,9 +277,7 @@ class Output(TestCase):
     def test_standard_streams_that_are_closed_at_the_start(self) -> None:
         """No socket gets their numbers, so nothing that is shown goes to a client."""
         port = free_port()
-        with Program(
-            "sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, SERVER, "--port", str(port)
-        ) as program:
+        with Program("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *PYTHON, SERVER, "--port", str(port)) as program:
             with peer_when_listening(port) as ann, Peer(LOOPBACK, port) as bob:
                 eventually(lambda: self.hears(ann, bob))
                 bob.say("bye")
@@ -290,7 +289,7 @@ class Output(TestCase):
     def test_head_1_as_a_reader_of_the_output(self) -> None:
         head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert head.stdin
-        with Program(sys.executable, SERVER, "--port", "0", output=head.stdin.fileno()) as server:
+        with Program(*PYTHON, SERVER, "--port", "0", output=head.stdin.fileno()) as server:
             first, _ = head.communicate(timeout=SECONDS)
             port = int(first.rpartition(b":")[2])
             with Peer(LOOPBACK, port) as ann, Peer(LOOPBACK, port) as bob:
@@ -316,7 +315,7 @@ class Output(TestCase):
         port = free_port()
         with (
             open("/dev/full", "wb") as full,
-            Program(sys.executable, SERVER, "--port", str(port), output=full.fileno()) as server,
+            Program(*PYTHON, SERVER, "--port", str(port), output=full.fileno()) as server,
         ):
             with peer_when_listening(port) as ann, Peer(LOOPBACK, port) as bob:
                 eventually(lambda: self.hears(ann, bob))
@@ -362,7 +361,7 @@ class Limits(TestCase):
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(writing, b"x" * 4_096)
-        command = ("sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, SERVER, "--port", "0")
+        command = ("sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *PYTHON, SERVER, "--port", "0")
         with Program(*command, errors=writing) as program:
             port = int(program.line().rpartition(":")[2])
             with Peer(LOOPBACK, port) as ann, Peer(LOOPBACK, port) as bob:

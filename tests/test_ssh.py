@@ -25,6 +25,8 @@ from tests.support import (
     LONG,
     LOOPBACK,
     NEEDS_IPV6,
+    PYTHON,
+    ROOT,
     SECONDS,
     Background,
     Program,
@@ -381,7 +383,7 @@ class Trouble(ThroughSsh):
     def test_what_is_no_machine_is_told_as_usage(self) -> None:
         """An option above all: ssh would run the command that it names."""
         for target in ("-oProxyCommand=touch x", "", "-"):
-            with self.subTest(target=target), Program(sys.executable, CLIENT, f"--ssh={target}") as program:
+            with self.subTest(target=target), Program(*PYTHON, CLIENT, f"--ssh={target}") as program:
                 self.assertEqual(program.wait(), 2)
                 self.assertIn(f"{target!r} is no machine for ssh", program.errors())
 

@@ -15,7 +15,18 @@ import unittest.mock
 from collections.abc import Callable, Iterator
 
 import mychatclient
-from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Program, Server, Terminal, TestCase, home_made_server
+from tests.support import (
+    CLIENT,
+    LOOPBACK,
+    PYTHON,
+    SECONDS,
+    Background,
+    Program,
+    Server,
+    Terminal,
+    TestCase,
+    home_made_server,
+)
 from tests.test_terminal import inputrc
 
 GREETING = "Connected to chat server. Type 'exit' to leave."
@@ -64,7 +75,7 @@ class InMidFlood(TestCase):
             with (
                 self.subTest(number=number),
                 Talker() as talker,
-                Terminal(sys.executable, CLIENT, *self.options, LOOPBACK, str(talker.port)) as terminal,
+                Terminal(*PYTHON, CLIENT, *self.options, LOOPBACK, str(talker.port)) as terminal,
             ):
                 while b"a line of a flood" not in terminal.output:
                     self.assertTrue(terminal.read(SECONDS))
@@ -151,7 +162,7 @@ class Jobs(TestCase):
             Terminal(
                 sys.executable,
                 *("-c", f"{script}; os.execv(sys.argv[1], sys.argv[1:])"),
-                *(sys.executable, CLIENT, "--no-color", LOOPBACK, str(server.port)),
+                *(*PYTHON, CLIENT, "--no-color", LOOPBACK, str(server.port)),
             ) as terminal,
         ):
             terminal.wait_for(f"{GREETING}\n")
@@ -167,13 +178,13 @@ class Typed(TestCase):
             with self.subTest(typed=typed):
                 with (
                     home_made_server(self.hears(f"last\n{typed}\n")) as port,
-                    Program(sys.executable, CLIENT, LOOPBACK, str(port), keep_input=True) as program,
+                    Program(*PYTHON, CLIENT, LOOPBACK, str(port), keep_input=True) as program,
                 ):
                     program.send(f"last\n{typed}\nmore\n".encode())
                     self.assertEqual(program.wait(), 0)
                 with (
                     home_made_server(self.hears(f"last\n{typed}\n")) as port,
-                    Terminal(sys.executable, CLIENT, LOOPBACK, str(port)) as terminal,
+                    Terminal(*PYTHON, CLIENT, LOOPBACK, str(port)) as terminal,
                 ):
                     terminal.wait_for(f"{GREETING}\n")
                     terminal.type(f"last\r{typed}\rmore\r")
@@ -197,7 +208,7 @@ class Typed(TestCase):
                 self.subTest(newline=newline),
                 Server() as server,
                 server.peer() as ann,
-                Terminal(sys.executable, CLIENT, "--no-color", LOOPBACK, str(server.port)) as terminal,
+                Terminal(*PYTHON, CLIENT, "--no-color", LOOPBACK, str(server.port)) as terminal,
             ):
                 terminal.wait_for(f"{GREETING}\n")
                 pasted = newline.join(("one", "two", " exit", "three"))
@@ -253,7 +264,7 @@ class Looks(TestCase):
             ("COLORTERM=", mychatclient.COLOURS_OF_8[0]),
         ):
             with self.subTest(settings=settings), Server() as server:
-                command = ("/usr/bin/env", "-u", "NO_COLOR", settings, sys.executable, CLIENT)
+                command = ("/usr/bin/env", "-u", "NO_COLOR", settings, *PYTHON, CLIENT)
                 with Terminal(*command, LOOPBACK, str(server.port)) as terminal:
                     terminal.wait_for(f"{GREETING}\n")
                     with server.peer() as ann:
@@ -372,7 +383,7 @@ class Leaving(TestCase):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8_192)
             listener.settimeout(SECONDS)
             background, pace = Background(), threading.Event()
-            with Terminal(sys.executable, CLIENT, "--plain", LOOPBACK, str(listener.getsockname()[1])) as terminal:
+            with Terminal(*PYTHON, CLIENT, "--plain", LOOPBACK, str(listener.getsockname()[1])) as terminal:
                 connection, _ = listener.accept()
                 terminal.wait_for(f"{GREETING}\n")
                 background.run(terminal.type, f"{lines}exit\r".replace("\r", "\n"))

@@ -26,6 +26,7 @@ from tests.support import (
     CLIENT,
     LONG,
     LOOPBACK,
+    PYTHON,
     SECONDS,
     SERVER,
     Background,
@@ -207,14 +208,14 @@ class TlsServer(Server):
 
 def client(port: int, *options: str, host: str = LOOPBACK) -> Program:
     """Return a client in pipes."""
-    return Program(sys.executable, CLIENT, *options, host, str(port), keep_input=True)
+    return Program(*PYTHON, CLIENT, *options, host, str(port), keep_input=True)
 
 
 class Certificates(TestCase):
     """What the server says of files that do not do, before it listens."""
 
     def fails(self, *options: str, sentence: str, status: int = 1) -> None:
-        with Program(sys.executable, SERVER, "--port", "0", *options) as program:
+        with Program(*PYTHON, SERVER, "--port", "0", *options) as program:
             self.assertEqual(program.wait(), status)
             self.assertEqual(program.output, b"")
             self.assertIn(sentence, program.errors())
@@ -249,7 +250,7 @@ class Certificates(TestCase):
         """Not even on a terminal."""
         openssl(f"pkey -in {pem('good')} -aes128 -passout pass:secret -out locked")
         locked = str(folder / "locked")
-        with Terminal(sys.executable, SERVER, "--tls-cert", pem("good"), "--tls-key", locked) as terminal:
+        with Terminal(*PYTHON, SERVER, "--tls-cert", pem("good"), "--tls-key", locked) as terminal:
             self.assertEqual(terminal.wait(), 1)
             self.assertIn(f"Cannot use {pem('good')} with {locked}: ", terminal.screen())
             self.assertIn("its key without a pass phrase", terminal.screen().replace("\n", ""))
