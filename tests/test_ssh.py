@@ -296,10 +296,13 @@ class Chat(ThroughSsh):
                 self.assertEqual(program.output.decode(), f"{GREETING}\n{FAREWELL}\n")
 
     def test_ssh_that_never_gets_through_is_not_waited_for_without_end(self) -> None:
-        self.machine.write("bin/ssh", "#!/bin/sh", "exec sleep 1000")
+        self.machine.write("stuck/ssh", "#!/bin/sh", "exec sleep 1000")
+        (self.machine.folder / "stuck/ssh").chmod(0o755)
         script = "import sys, mychatclient as c; c.SSH_SECONDS = 0.5; sys.exit(c.main(sys.argv[1:]))"
         with (
-            mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}),
+            mock.patch.dict(
+                os.environ, {"PYTHONPATH": str(ROOT), "PATH": f"{self.machine.folder}/stuck:/bin:/usr/bin"}
+            ),
             Program(sys.executable, "-c", script, "--ssh", "box", keep_input=True) as program,
         ):
             self.assertEqual(program.wait(), 1)

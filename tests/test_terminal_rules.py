@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import mychatclient
 from tests.support import (
     CLIENT,
+    LONG,
     LOOPBACK,
     PYTHON,
     SECONDS,
@@ -31,7 +32,7 @@ from tests.test_terminal import inputrc
 
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
-TIMES = 100 if "MYCHAT_LONG" in os.environ else 4  # for what goes wrong seldom
+TIMES = 100 if LONG else 4  # for what goes wrong seldom
 
 
 class Talker:
@@ -293,7 +294,7 @@ class Looks(TestCase):
 
     def test_what_a_server_says_is_remembered_within_bounds(self) -> None:
         people = mychatclient.People("")
-        for number in range(3_000):
+        for number in range(3_000 if LONG else 300):
             people.heard(b"* 1 here: " + b"x" * 200_000)
             people.heard(b"* %d is now %s" % (number, b"x" * 65))
             people.heard(b"a%d:Hi!" % number)
