@@ -606,13 +606,12 @@ ROUND_DELIVERED_BYTES = 33_554_432  # between the two: what a round delivers to 
 PORTION_MIN_BYTES = 256  # the least a handler enqueues at once, where there is more
 QUEUE_BYTES = 2_097_152  # what may wait for a round, but for small portions: those of long lines are many times a round
 
-# A client with a larger outbox is a slow consumer, until it is below the low-water mark. TLS halves twice what may wait
-# for all: ciphertext is not shared.
-HIGH_WATER_BYTES = 1_048_576
+HIGH_WATER_BYTES = 1_048_576  # a client with a larger outbox is a slow consumer, until it is below the other mark
 LOW_WATER_BYTES = HIGH_WATER_BYTES // 2
-BUDGET_BYTES = 4_194_304  # what all together may say while somebody is a slow consumer; one client
-CLIENT_BUDGET_BYTES = 262_144  # this at most
-DELIVERED_BYTES = 1_073_741_824  # and what all that comes to, times its readers, but for a line each
+BUDGET_BYTES = 4_194_304  # what all together may say while somebody is a slow consumer; with TLS,
+TLS_BUDGET_BYTES = BUDGET_BYTES // 4  # as ciphertext is not shared; one client
+CLIENT_BUDGET_BYTES = 262_144  # this at most; and times its readers all of it is
+DELIVERED_BYTES = 1_073_741_824  # this at most, but for a line each:
 LONG_LINE_BYTES = 4_096
 EPOCH_SECONDS = 60.0  # so long at most: whoever is a slow consumer then is evicted
 REPLY_BYTES = 65_536  # a handler reads on when its client has taken its replies up to this
@@ -673,15 +672,14 @@ class Room:
         quiet: bool = False,
         announce: bool = False,
         history: History | None = None,
-        shares_bytes: bool = True,
+        budget_bytes: int = BUDGET_BYTES,
     ) -> None:
-        """``shares_bytes`` tells whether outboxes hold views of the same bytes; with TLS each has its own."""
         self._console = console
         self._log = log
         self._announce = announce
         self._history = history
         self._link: Link | None = None
-        self._budget_bytes = BUDGET_BYTES if shares_bytes else BUDGET_BYTES // 4
+        self._budget_bytes = budget_bytes
         # Its holder has the turn: for a whole round, or to enter and leave. Outermost lock. Guards the members.
         self._turn = threading.Lock()
         self._members: list[Member] = [*([] if quiet else [console]), *([log] if log else [])]
@@ -1996,6 +1994,14 @@ LINK_PROBLEMS = {  # by what is in the names of an exception's classes and in it
 }
 
 
+def named(servers: Sequence[str]) -> str:
+    """Return what tells of other servers, nothing if there are none."""
+    if not servers:
+        return ""
+    more = f" and {len(servers) - WHO_SHOWN} more" if len(servers) > WHO_SHOWN else ""
+    return f", and people on {', '.join(servers[:WHO_SHOWN])}{more}"
+
+
 def qualified(lines: bytes, server: str) -> bytes:
     """Return lines, and notices of people, as other servers show them: ``@server`` after each label."""
     lines = re.sub(rb"(?m)^((?:\* )?[^ :\n]+)", rb"\1@" + server.encode(), lines)
@@ -2084,11 +2090,7 @@ class Link(Writer):
     def elsewhere(self) -> str:
         """Return what a list of who is here ends with: the servers that were heard of in the last minute."""
         since = time.monotonic() - HEARD_SECONDS
-        names = list(dict.fromkeys(name for (name, _), (when, _) in self._heard.copy().items() if when >= since))
-        if not names:
-            return ""
-        more = f" and {len(names) - WHO_SHOWN} more" if len(names) > WHO_SHOWN else ""
-        return f", and people on {', '.join(names[:WHO_SHOWN])}{more}"
+        return named(list(dict.fromkeys(name for (name, _), (when, _) in self._heard.copy().items() if when >= since)))
 
     # Runs in the writer's thread
 
@@ -2628,7 +2630,7 @@ def serve(options: argparse.Namespace) -> int:
         options.quiet,
         options.announce,
         History(options.history) if options.history else None,
-        shares_bytes=context is None,
+        TLS_BUDGET_BYTES if context else BUDGET_BYTES,
     )
     link = Link(room, console, errors, options) if options.nats else None
     discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None

@@ -231,6 +231,13 @@ class OneRoom(Nodes):
             cls.addClassCleanup(server.__enter__().__exit__)
             setattr(cls, server.name, server)
 
+    def test_a_server_that_is_not_heard_of_is_no_longer_told_of(self) -> None:
+        paris, oslo = self.servers("paris", "oslo", changes="HEARD_SECONDS, LINK_SIGN_SECONDS = 2.0, 0.3")
+        (ann,) = self.enter(paris)
+        eventually(lambda: asked(ann, "/who").endswith(", and people on oslo"))
+        self.assertEqual(oslo.stop(), 0)
+        eventually(lambda: asked(ann, "/who") == f"* 1 here: {ann.label} (you)")
+
     def test_a_conversation_on_three_servers(self) -> None:
         """Lines, renames, private words, who is where, comings and goings, log, and what newcomers are told."""
         log = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()), "log")
@@ -1211,17 +1218,11 @@ class FalseNats(TestCase):
 
 
 class Names(TestCase):
-    def test_servers_heard_of_in_the_last_minute_are_told_of(self) -> None:
-        link, now = mychatserver.Link.__new__(mychatserver.Link), time.monotonic()
-        link._heard = {("rome", "0f0f"): (now - 61, 1)}
-        self.assertEqual(link.elsewhere(), "")
-        for number in range(50):
-            for process in ("0f0f", "0f10"):
-                link._heard[f"{number}", process] = now - 40, 1
-        names = ", ".join(map(str, range(50)))
-        self.assertEqual(link.elsewhere(), f", and people on {names}")
-        link._heard["paris", "0f0f"] = now, 1
-        self.assertEqual(link.elsewhere(), f", and people on {names} and 1 more")
+    def test_fifty_servers_are_named_and_the_others_counted(self) -> None:
+        servers = [f"server{number}" for number in range(52)]
+        self.assertEqual(mychatserver.named([]), "")
+        self.assertEqual(mychatserver.named(servers[:50]), f", and people on {', '.join(servers[:50])}")
+        self.assertEqual(mychatserver.named(servers), f", and people on {', '.join(servers[:50])} and 2 more")
 
 
 class Lines(TestCase):
