@@ -1013,6 +1013,7 @@ class Room:
         if client in self._slow:
             self._slow.remove(client)
             if not self._slow:
+                self._spent.clear()  # or it would keep those who have left
                 self._wake_all()
 
     def _wait(self, speaker: Speaker, until: Callable[[], Awaited | None]) -> Awaited | None:
