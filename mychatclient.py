@@ -395,6 +395,14 @@ if sys.platform != "win32":
         if is_in_background():
             os.killpg(0, signal.SIGTTIN)
 
+    def set_terminal(settings: list[Any]) -> bool:
+        """Change the terminal's settings, if this process may; return whether that is so."""
+        if is_in_background():
+            return False
+        with contextlib.suppress(termios.error):  # it is gone
+            termios.tcsetattr(0, termios.TCSANOW, settings)
+        return True
+
     class LineEditor(Screen):
         """A terminal with a line editor, on which what comes is shown above the half-typed line, and never in it.
 
@@ -426,17 +434,14 @@ if sys.platform != "win32":
             editor.module.set_completer(self._complete)
             editor.module.set_completer_delims(" \t")
             wait_for_foreground()  # in the background the terminal is as the shell's own editor has it
-            try:
-                self._as_it_was = termios.tcgetattr(0)
-            except termios.error as error:
-                raise OSError(str(error)) from None
+            self._as_it_was = termios.tcgetattr(0)
             # Once, now, and no more: between two lines, where the editor would reset the terminal, the kernel would
             # echo what is typed or pasted, and the editor show it again.
             editor.library.rl_prep_terminal(1)
             self._prepared = termios.tcgetattr(0)
             # Ctrl-C must not take away what the editor has seen to be there: it would wait for it, deaf to signals.
             self._prepared[3] |= termios.NOFLSH
-            self._set_terminal(self._prepared)
+            set_terminal(self._prepared)
             import ctypes
 
             for name in ("rl_prep_term_function", "rl_deprep_term_function"):
@@ -474,7 +479,7 @@ if sys.platform != "win32":
             return text
 
         def close(self) -> None:
-            self._set_terminal(self._as_it_was)
+            set_terminal(self._as_it_was)
 
         def _complete(self, begun: str, number: int) -> str | None:
             self._completing = True
@@ -546,20 +551,10 @@ if sys.platform != "win32":
             with contextlib.suppress(termios.error):  # it is gone
                 if (
                     termios.tcgetattr(0) != self._prepared
-                    and self._set_terminal(self._prepared)
+                    and set_terminal(self._prepared)
                     and self._editor.is_half_typed(self._editing)
                 ):
                     self._editor.draw_line()
-
-        # The terminal
-
-        def _set_terminal(self, settings: list[Any]) -> bool:
-            """Change the terminal's settings, if this process may; return whether that is so."""
-            if is_in_background():
-                return False
-            with contextlib.suppress(termios.error):  # it is gone
-                termios.tcsetattr(0, termios.TCSANOW, settings)
-            return True
 
     EDITORS += [
         lambda style: LineEditor(style, GnuReadline()),
@@ -570,14 +565,11 @@ if sys.platform != "win32":
 class PromptToolkitEditor(Screen):
     """A terminal with prompt_toolkit, which runs on Windows too: what comes is shown above the half-typed line.
 
-    While ``line`` blocks, only the event loop in it draws: ``show`` has it take the line off the screen, write, and
-    draw the line again. At any other time ``show`` writes itself. The loop would swallow an exception: to end ``line``
-    with one, the prompt is told to exit with it.
+    While ``line`` blocks, only the event loop in it draws, and ends it; at any other time ``show`` writes itself.
     """
 
     def __init__(self, style: Style) -> None:
         import prompt_toolkit
-        from prompt_toolkit.key_binding.key_processor import KeyPress
         from prompt_toolkit.layout.processors import TabsProcessor
 
         os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # or each line waits for the terminal to tell where its cursor is
@@ -585,16 +577,6 @@ class PromptToolkitEditor(Screen):
         keys = prompt_toolkit.key_binding.KeyBindings()
         keys.add("c-c", eager=True)(lambda _: signal.raise_signal(signal.SIGINT))
         keys.add("tab")(self._complete)
-
-        @keys.add("<bracketed-paste>")
-        def paste(event: Any) -> None:
-            """Insert what was pasted: a newline in it is Enter, and the rest is pasted into the next line."""
-            line, newline, rest = event.data.replace("\r\n", "\n").replace("\r", "\n").partition("\n")
-            event.current_buffer.insert_text(line)
-            if newline:
-                enter = KeyPress(prompt_toolkit.keys.Keys.Enter)
-                event.key_processor.feed_multiple([enter, KeyPress(event.key_sequence[0].key, rest)], first=True)
-
         self._session: prompt_toolkit.PromptSession[str] = prompt_toolkit.PromptSession(
             key_bindings=keys,
             input_processors=[TabsProcessor(8, " ", " ")],
@@ -602,6 +584,8 @@ class PromptToolkitEditor(Screen):
             enable_suspend=True,
         )
         self._app = self._session.app
+        output: Any = self._app.output
+        output.enable_bracketed_paste = lambda: None  # so that a newline in what is pasted is Enter
         self._is_over = False  # ``line`` is to raise
         # Guards what follows; notified when the rows were shown.
         self._changed = threading.Condition()
@@ -610,16 +594,18 @@ class PromptToolkitEditor(Screen):
         if sys.platform != "win32":
             wait_for_foreground()
             self._as_it_was = termios.tcgetattr(0)
-            handle((signal.SIGCONT,), lambda *_: self._call(self._resume))
-            self._hush()
+            self._between_lines = termios.tcgetattr(0)  # what is typed or pasted then is left for the editor
+            self._between_lines[0] &= ~termios.ICRNL
+            self._between_lines[3] &= ~(termios.ECHO | termios.ICANON)
+            set_terminal(self._between_lines)
 
     # Runs in the receive thread
 
     def show(self, block: bytes) -> None:
         with self._changed:
-            self._rows += self._style.rows(block)
+            self._rows = self._style.rows(block)
             if self._is_editing:
-                self._call(self._catch_up)
+                self._have_loop_catch_up()
                 self._changed.wait_for(lambda: not self._rows)
             else:
                 self._catch_up()
@@ -627,14 +613,15 @@ class PromptToolkitEditor(Screen):
     def wake(self) -> bool:
         if sys.platform != "win32":
             return super().wake()
-        self._call(self._exit)
+        self._is_over = True
+        self._have_loop_catch_up()
         return True
 
     # Runs in the main thread
 
     def line(self, unsent: str) -> str:
-        self._hush()  # again, as after Ctrl-Z the shell may have changed that
-        self._app.erase_when_done = False
+        if sys.platform != "win32":
+            set_terminal(self._between_lines)  # again: after Ctrl-Z the shell may have changed that
         with self._changed:
             self._is_editing = True
         try:
@@ -646,19 +633,9 @@ class PromptToolkitEditor(Screen):
             if self._is_over:
                 raise Interrupted
 
-    def _hush(self) -> None:
-        """Have the kernel leave what is typed or pasted between two lines as it is, and not echo it."""
-        if sys.platform != "win32":
-            with contextlib.suppress(termios.error):  # it is gone
-                settings = termios.tcgetattr(0)
-                settings[0] &= ~termios.ICRNL
-                settings[3] &= ~(termios.ECHO | termios.ICANON)
-                termios.tcsetattr(0, termios.TCSANOW, settings)
-
     def close(self) -> None:
         if sys.platform != "win32":
-            with contextlib.suppress(termios.error):  # it is gone
-                termios.tcsetattr(0, termios.TCSANOW, self._as_it_was)
+            set_terminal(self._as_it_was)
 
     def leave_line(self, ctrl_c: bool) -> None:
         """Do nothing: prompt_toolkit begins a new row."""
@@ -666,8 +643,8 @@ class PromptToolkitEditor(Screen):
     def end_line(self) -> None:
         if not self._is_editing:
             raise Interrupted
-        self._is_over = True
-        self._call(self._catch_up)
+        self._is_over = True  # what is raised in the loop would be swallowed
+        self._have_loop_catch_up()
 
     # Runs in the loop, or where there is none
 
@@ -681,57 +658,28 @@ class PromptToolkitEditor(Screen):
                 self._rows = b""
                 self._changed.notify()
                 self._app.invalidate()
-        if self._is_over:
-            self._exit()
-
-    def _exit(self) -> None:
-        """Have ``line`` raise Interrupted, with what is half-typed left on the screen."""
-        if self._app.is_running and not self._app.is_done:
+        if self._is_over and self._app.is_running and not self._app.is_done:
             self._app.erase_when_done = not self._session.default_buffer.text  # or an empty row would stay
             self._app.exit(exception=Interrupted)
 
     def _complete(self, event: Any) -> None:
-        """Complete the label that was begun, or list those that begin so; if there is none, Tab is a character."""
+        """Complete what was begun as far as the labels agree that begin so; if there is none, Tab is a character."""
         buffer = event.current_buffer
         begun = re.split("[\t ]", buffer.document.text_before_cursor)[-1]
         is_pasted = bool(event.key_processor.input_queue)
         labels = self.people.beginning(begun) if begun and not is_pasted else []
-        same = 0
-        while len({label[: same + 1].lower() for label in labels}) == 1 and same < len(labels[0]):
-            same += 1
-        if not labels:
-            buffer.insert_text("\t")
-        elif same > len(begun) or len(labels) == 1:
+        if labels:
             buffer.delete_before_cursor(len(begun))
-            buffer.insert_text(labels[0][:same])
-        else:
-            with self._changed:
-                self._rows += f"{'  '.join(labels)}\n".encode()
-                self._catch_up()
-
-    def _resume(self) -> None:
-        """Make the terminal ours again, and draw the line, if somebody else has had it."""
-        if sys.platform != "win32" and self._app.is_running and termios.tcgetattr(0)[3] & termios.ICANON:
-            self._app.input.raw_mode().__enter__()
-            self._app.renderer.erase()
-            self._app.invalidate()
+            while len({label[: len(begun) + 1].lower() for label in labels}) == 1 and begun != labels[0]:
+                begun = labels[0][: len(begun) + 1]
+        buffer.insert_text(begun if labels else "\t")
 
     # Runs in any thread
 
-    def _call(self, function: Callable[[], object]) -> None:
-        """Have the loop call this, if it runs."""
-        loop = self._app.loop
-        if loop:
+    def _have_loop_catch_up(self) -> None:
+        if self._app.loop:
             with contextlib.suppress(RuntimeError):  # it has just been closed
-                loop.call_soon_threadsafe(function)
-
-    def _write(self, data: bytes) -> None:
-        if sys.platform == "win32":  # where only prompt_toolkit has the console understand colours
-            self._app.output.enable_autowrap()
-            self._app.output.write_raw(data.decode())
-            self._app.output.flush()
-        else:
-            super()._write(data)
+                self._app.loop.call_soon_threadsafe(self._catch_up)
 
 
 EDITORS.insert(1, PromptToolkitEditor)  # better than libedit, and all that there is on Windows
@@ -742,7 +690,7 @@ def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     term = os.environ.get("TERM") or ("" if sys.platform == "win32" else "dumb")  # Windows sets none
     plain = options.plain or not (os.isatty(0) and os.isatty(1)) or term == "dumb"
     colours: Sequence[bytes] = COLOURS_OF_256 if "256" in term or os.environ.get("COLORTERM") else COLOURS_OF_8
-    if plain or options.no_color or os.environ.get("NO_COLOR"):
+    if plain or options.no_color or os.environ.get("NO_COLOR") or sys.platform == "win32":  # whose console needs asking
         colours = ()
     bell = options.bell and os.isatty(1)
     style = Style(People(own_label), colours, options.time, bell, learn=not plain or options.reconnect)
