@@ -825,20 +825,29 @@ def peer_host(sock: socket.socket) -> str:
     return str(sock.getpeername()[0]).partition("%")[0]
 
 
+CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds counts
+    (NotConnected, "{error}"),
+    (
+        (socket.gaierror, UnicodeError),
+        "Unknown host {host!r}: check the spelling; a port comes after it, with a blank between.",
+    ),
+    (
+        ConnectionRefusedError,
+        "No server at {host} port {port}: start mychatserver.py there, for other machines with --lan, "
+        "or give another port.",
+    ),
+    (
+        (socket.timeout, TimeoutError),
+        "No answer from {host} port {port}: check the address; a firewall or another network may be between.",
+    ),
+    (OSError, "Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."),
+)
+
+
 def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
-    if isinstance(error, NotConnected):
-        return str(error)
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {host!r}: check the spelling; a port comes behind it, after a blank."
-    if isinstance(error, ConnectionRefusedError):
-        return (
-            f"No server at {host} port {port}: start mychatserver.py there, for other machines with --lan, "
-            "or give another port."
-        )
-    if isinstance(error, (socket.timeout, TimeoutError)):
-        return f"No answer from {host} port {port}: check the address; a firewall or another network may be between."
-    return f"Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."
+    sentence = next(sentence for kinds, sentence in CONNECTING_PROBLEMS if isinstance(error, kinds))
+    return sentence.format(error=error, host=host, port=port)
 
 
 def lost(error: OSError) -> str:
@@ -1390,32 +1399,26 @@ def password_typed() -> bytes:
     """
     if sys.platform == "win32":
         return getpass.getpass("Password: ").encode("utf-8", "replace")
-    # Elsewhere a signal that ends the program in the middle of getpass leaves the terminal without echo, and after
-    # Ctrl-Z it would show what is typed.
+    # Elsewhere a signal that ends the program in the middle of getpass leaves the terminal without echo.
     with open("/dev/tty", "r+b", buffering=0) as terminal, contextlib.ExitStack() as undo:
         as_it_was = termios.tcgetattr(terminal)
         unseen = [*as_it_was]
         unseen[3] &= ~termios.ECHO
 
-        def ask(*_: object) -> None:
-            termios.tcsetattr(terminal, termios.TCSAFLUSH, unseen)
-            terminal.write(b"Password: ")
-
-        def give_back(number: int, _: object) -> None:
+        def end(number: int, _: object) -> None:
             termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)  # which ends the program, or stops it for as long as the shell likes
-            signal.signal(number, give_back)
-            termios.tcsetattr(terminal, termios.TCSANOW, unseen)
+            signal.raise_signal(number)
 
-        leaving = signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-        for number in (signal.SIGCONT, *leaving):
+        ending = signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+        for number in (signal.SIGTSTP, *ending):
             undo.callback(signal.signal, number, signal.getsignal(number))
         undo.callback(terminal.write, b"\n")
         undo.callback(termios.tcsetattr, terminal, termios.TCSANOW, as_it_was)
-        handle((signal.SIGCONT,), ask)
-        handle(leaving, give_back)
-        ask()
+        handle(ending, end)
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # after Ctrl-Z what is typed would be shown
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, unseen)
+        terminal.write(b"Password: ")
         line = terminal.readline()
     if not line:
         raise EOFError
@@ -1509,11 +1512,9 @@ def the_server_found() -> tuple[str, int]:
 
 X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
 HANDSHAKE_SECONDS = 10.0  # in which a server must have shown that it speaks TLS, and whose it is
-# By X509_V_ERR_...: openssl-verification-options(1).
 NOT_TRUSTED = "is not trusted: give --tls-ca the PEM file of whoever runs that server."
 OTHER_NAME = "is for another name: join by a name or address that it has."
-CERTIFICATE_PROBLEMS = {
-    9: "is not valid yet: check the date on both machines.",
+CERTIFICATE_PROBLEMS = {  # by X509_V_ERR_...: openssl-verification-options(1)
     10: "has expired: whoever runs that server has to make a new one.",
     **dict.fromkeys((2, 18, 19, 20, 21), NOT_TRUSTED),  # nobody known has signed it
     **dict.fromkeys((62, 64), OTHER_NAME),  # host name, address
@@ -1564,15 +1565,14 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
             error.verify_code, f"does not do: {error.verify_message}; ask whoever runs that server."
         )
         raise FatalConnectError(f"The certificate of {where} {problem}") from None
-    except TimeoutError:
+    except (socket.timeout, TimeoutError):
         problem = f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
-    except ssl.SSLEOFError:
-        problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
-    except ssl.SSLError as error:
-        if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
-            raise FatalConnectError(f"No TLS at {where}: leave --tls out, or give another port.") from None
-        problem = f"No TLS with {where}: {error.reason}; check that its TLS is 1.2 or newer."
-    except OSError:  # as mychatserver.py ends it when it has no certificate
+    except OSError as error:
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            raise FatalConnectError(
+                f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})"
+            ) from None
+        # As mychatserver.py ends it when it has no certificate.
         problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
     except ValueError:
         problem = f"No certificate can be for {host!r}: join by the name or address that the server's has."
@@ -1587,21 +1587,17 @@ def shake_hands(secure: ssl.SSLSocket) -> None:
     """Have the server show who it is. Blocks HANDSHAKE_SECONDS at most. Raises OSError, or NotConnected."""
     import ssl
 
+    secure.settimeout(HANDSHAKE_SECONDS)  # for all of it: the ssl module sees to that
+    try:
+        secure.do_handshake()
+    except ssl.SSLError:
+        # In plain text, of which the five bytes of a record's header are taken: there is no place for us.
+        secure.setblocking(False)
+        with contextlib.suppress(OSError):
+            if socket.socket.recv(secure, 100).startswith(REFUSED[5:]):
+                raise NotConnected("The server has turned this client away; try again later.") from None
+        raise
     secure.setblocking(False)
-    deadline = time.monotonic() + HANDSHAKE_SECONDS
-    while True:
-        try:
-            secure.do_handshake()
-            return
-        except ssl.SSLWantReadError:  # what we say is so short that it is sent at once
-            if not has_come(secure, max(0.0, deadline - time.monotonic())):
-                raise TimeoutError from None
-        except ssl.SSLError:
-            # In plain text, of which the five bytes of a record's header are taken: there is no place for us.
-            with contextlib.suppress(OSError):
-                if socket.socket.recv(secure, 100).startswith(REFUSED[5:]):
-                    raise NotConnected("The server has turned this client away; try again later.") from None
-            raise
 
 
 def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket) -> None:
