@@ -993,26 +993,21 @@ NOT_SENT = "* not connected: this line was not sent"
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
     """Have signals wait, in this thread and in those that it starts."""
-    if sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    before = block_signals()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        block_signals(before)
 
 
-def block_signals() -> None:
-    """Have signals wait that come to this thread; those that came before are handled before this returns."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+def block_signals(numbers: Iterable[int] = HANDLED) -> Iterable[int]:
+    """Have these signals wait in this thread, and no others; return which did before.
 
-
-def unblock_signals() -> None:
-    """Let signals come to this thread; those that waited are handled before this returns."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    Those that had come, and need not wait, are handled before this returns.
+    """
+    if sys.platform == "win32":
+        return ()
+    return signal.pthread_sigmask(signal.SIG_SETMASK, numbers)
 
 
 def start_thread(function: Callable[..., object], *arguments: object) -> threading.Thread:
@@ -1083,7 +1078,7 @@ class Conversation:
         except KeyboardInterrupt:  # a key to the line editor, not a signal
             self._ended_by = signal.SIGINT
         self._is_interruptible = False
-        unblock_signals()
+        block_signals(())
         if not self._is_over and self._is_connected:
             with contextlib.suppress(BlockingIOError):  # it is full: the receive thread wakes anyway
                 self._wakeup.send(b"\0")
@@ -1168,7 +1163,7 @@ class Conversation:
         self._in_handler = False
         if ends:
             self._screen.end_line()
-        unblock_signals()
+        block_signals(())
 
     def _farewell(self, is_stuck: bool = False) -> int:
         """Say how the conversation ended; return the exit status. Also runs in the receive thread, on Windows."""
@@ -1192,7 +1187,7 @@ class Conversation:
         """End by a signal, at once, with the terminal as it was."""
         self._screen.close()
         signal.signal(number, signal.SIG_DFL)
-        unblock_signals()
+        block_signals(())
         signal.raise_signal(number)
 
     # Runs in the receive thread
@@ -1325,7 +1320,7 @@ ANSWER_SECONDS = 10.0  # in which it has taken or refused what it was given
 TRIES = 3  # for who types it: what the server allows
 NOT_ASKED = "The server asked for no password."
 WRONG = "Wrong password: ask whoever runs the server for it, and try again."
-UNANSWERED = "The server asks for a password: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
+UNANSWERED = "A password is asked for: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
 ASKED_LATE = "the server asked for its password late; join again with --password, or --password-file FILE."
 
 
@@ -1346,7 +1341,9 @@ class Password:
         if beginning.startswith(QUESTION):
             read_line(sock, time.monotonic() + ANSWER_SECONDS)
             for tries_left in range(TRIES, 0, -1):
-                password = self._known or self._ask()
+                if not self._known and not self._can_ask:
+                    raise FatalConnectError(UNANSWERED)
+                password = self._known or password_typed()
                 if self._opens(sock, password):
                     self._known = password
                     break
@@ -1357,17 +1354,6 @@ class Password:
         elif self._known and not beginning.startswith(REFUSED):
             warn(NOT_ASKED)
         self._can_ask = False
-
-    def _ask(self) -> bytes:
-        if not self._can_ask:
-            raise FatalConnectError(UNANSWERED)
-        try:
-            password = password_typed()
-        except OSError:  # the terminal is not this process's own, as under ``su -c``
-            raise FatalConnectError(UNANSWERED) from None
-        if password.strip().lower() == b"exit":
-            raise EOFError
-        return password
 
     @staticmethod
     def _opens(sock: socket.socket, password: bytes) -> bool:
@@ -1393,10 +1379,18 @@ def first_bytes(sock: socket.socket, seconds: float) -> bytes:
 
 
 def password_typed() -> bytes:
-    """Ask for the password on this process's terminal, unseen, wherever standard input comes from.
+    """Ask for the password. Blocks; raises EOFError at Ctrl-D and ``exit``, FatalConnectError without a terminal."""
+    try:
+        password = line_unseen()
+    except OSError:  # the terminal is not this process's own, as under ``su -c``
+        raise FatalConnectError(UNANSWERED) from None
+    if password.strip().lower() == b"exit":
+        raise EOFError
+    return password
 
-    Blocks; raises EOFError at Ctrl-D, OSError where there is no terminal.
-    """
+
+def line_unseen() -> bytes:
+    """Return what is typed on this process's terminal, wherever standard input comes from. Raises EOFError, OSError."""
     if sys.platform == "win32":
         return getpass.getpass("Password: ").encode("utf-8", "replace")
     # Elsewhere a signal that ends the program in the middle of getpass leaves the terminal without echo.
@@ -1829,25 +1823,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def password_for(options: argparse.Namespace) -> Password:
-    """Return what is known of the password; with ``--password`` a person is asked for it. Raises as that does."""
-    if not options.password:
-        return Password(password_from(options.password_file), is_typed=False)
-    try:
-        return Password(password_typed(), is_typed=True)
-    except OSError:
-        raise NotConnected(
-            "--password asks in a terminal: use --password-file FILE or MYCHAT_PASSWORD where there is none."
-        ) from None
-
-
 def chat(options: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
     """Join, chat, and return the exit status. Raises NotConnected, OSError or UnicodeError when that cannot be."""
     if is_every_address(options.host):
         raise NotConnected(
             f"{options.host} is where a server listens, not an address to join: use one that the server printed."
         )
-    password = password_for(options)
+    known = password_typed() if options.password else password_from(options.password_file)
+    password = Password(known, is_typed=options.password)
     context = tls_context(options.tls_ca) if options.tls else None
     if options.lan:
         options.host, options.port = the_server_found()
@@ -1882,7 +1865,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("Run this in a terminal: python mychatclient.py")
             return 1
         open_missing_descriptors()
-        unblock_signals()  # whatever our parent did
+        block_signals(())  # whatever our parent did
         options = parse_args(argv)
         with contextlib.ExitStack() as cleanup:
             try:

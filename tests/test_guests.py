@@ -327,7 +327,7 @@ class Clients(Guests):
                 with Terminal(*command, own=False) as terminal:
                     terminal.type("hello all\r")
                     self.assertEqual(terminal.wait(), 1)
-                    self.assertIn("The server asks for a password: give --password-file FILE", terminal.screen())
+                    self.assertIn("A password is asked for: give --password-file FILE", terminal.screen())
 
     def test_in_a_pipe_with_the_password(self) -> None:
         server = self.ask()
@@ -351,7 +351,7 @@ class Clients(Guests):
         program = self.client(server)  # its input stays open, with nothing in it
         self.assertEqual(program.wait(), 1)
         self.assertEqual(program.output, b"")
-        self.assertRegex(program.errors(), r"^The server asks for a password: give --password.*\n$")
+        self.assertRegex(program.errors(), r"^A password is asked for: give --password.*\n$")
         (self.folder / "wrong").write_text("wrong\n")
         program = self.client(server, "--password-file", str(self.folder / "wrong"))
         self.assertEqual(program.wait(), 1)

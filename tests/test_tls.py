@@ -654,7 +654,7 @@ class Locked(TestCase):
                 self.assertIn("Wrong password: ", program.errors())
             with client(server.port, *known[:2]) as program:
                 self.assertEqual(program.wait(), 1)
-                self.assertIn("The server asks for a password", program.errors())
+                self.assertIn("A password is asked for", program.errors())
             with client(server.port, *known, str(folder / "password")) as ann:
                 ann.expect(GREETING)
                 with client(server.port, *known, str(folder / "password")) as bob:
