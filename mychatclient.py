@@ -1523,12 +1523,9 @@ def tls_context(authority: str | None) -> ssl.SSLContext:
         raise NotConnected("This Python has no ssl module, so no TLS: use another Python, or try --ssh.") from None
     try:
         context = ssl.create_default_context(cafile=authority)
-    except ssl.SSLError:
-        raise NotConnected(
-            f"There is no certificate in {authority}: give --tls-ca the PEM file of the server's."
-        ) from None
     except OSError as error:
-        raise NotConnected(f"Cannot read {authority}: {error.strerror}; give --tls-ca a PEM file.") from None
+        reason = "there is no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror
+        raise NotConnected(f"Cannot read {authority}: {reason}; give --tls-ca the server's PEM file.") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of which nothing could be sent
     if authority is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
@@ -1603,22 +1600,22 @@ def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket
     import ssl
 
     outgoing = incoming = last = b""
-    sends, is_ended = True, False  # our side: still can; has half-closed
+    takes = True  # from the chat: until that half-closes, or the network takes no more
+    would_block = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
     plain.setblocking(False)
     try:
         while True:
             connection.pumped_bytes = len(outgoing)
-            readers: list[socket.socket] = [] if incoming else [secure]
-            readers += [] if outgoing or is_ended or not sends else [plain]
+            is_wanted = takes and not outgoing
+            readers = ([] if incoming else [secure]) + ([plain] if is_wanted else [])
             writers = ([secure] if outgoing else []) + ([plain] if incoming else [])
             if not secure.pending() or incoming:
                 select.select(readers, writers, ())
-            would_block = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
-            if not outgoing and sends and not is_ended:
+            if is_wanted:
                 with contextlib.suppress(*would_block):
                     outgoing = plain.recv(READ_BYTES)
-                    is_ended = not outgoing
-                    if is_ended:
+                    takes = bool(outgoing)
+                    if not takes:
                         outgoing = b"exit\n" if last in (b"", b"\n") else b"\nexit\n"
                     last = outgoing[-1:]
             if outgoing:
@@ -1626,7 +1623,7 @@ def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket
                     with contextlib.suppress(*would_block):
                         outgoing = outgoing[secure.send(outgoing) :]
                 except OSError:  # lost: what had come is shown all the same, and the reading will tell
-                    sends, outgoing = False, b""
+                    takes, outgoing = False, b""
             if not incoming:
                 with contextlib.suppress(*would_block):
                     incoming = secure.recv(READ_BYTES)
