@@ -1559,11 +1559,11 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
     except (socket.timeout, TimeoutError):
         problem = f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
     except OSError as error:
-        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+        if isinstance(error, ssl.SSLError) and error.reason and not isinstance(error, ssl.SSLEOFError):
             raise FatalConnectError(
                 f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})"
             ) from None
-        # As mychatserver.py ends it when it has no certificate.
+        # As mychatserver.py ends it when it has no certificate; on Python 3.9 that is an SSLError without a reason.
         problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
     except ValueError:
         problem = f"No certificate can be for {host!r}: join by the name or address that the server's has."
