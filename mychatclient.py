@@ -395,6 +395,14 @@ if sys.platform != "win32":
         if is_in_background():
             os.killpg(0, signal.SIGTTIN)
 
+    def set_terminal(settings: list[Any]) -> bool:
+        """Change the terminal's settings, if this process may; return whether that is so."""
+        if is_in_background():
+            return False
+        with contextlib.suppress(termios.error):  # it is gone
+            termios.tcsetattr(0, termios.TCSANOW, settings)
+        return True
+
     class LineEditor(Screen):
         """A terminal with a line editor, on which what comes is shown above the half-typed line, and never in it.
 
@@ -426,17 +434,14 @@ if sys.platform != "win32":
             editor.module.set_completer(self._complete)
             editor.module.set_completer_delims(" \t")
             wait_for_foreground()  # in the background the terminal is as the shell's own editor has it
-            try:
-                self._as_it_was = termios.tcgetattr(0)
-            except termios.error as error:
-                raise OSError(str(error)) from None
+            self._as_it_was = termios.tcgetattr(0)
             # Once, now, and no more: between two lines, where the editor would reset the terminal, the kernel would
             # echo what is typed or pasted, and the editor show it again.
             editor.library.rl_prep_terminal(1)
             self._prepared = termios.tcgetattr(0)
             # Ctrl-C must not take away what the editor has seen to be there: it would wait for it, deaf to signals.
             self._prepared[3] |= termios.NOFLSH
-            self._set_terminal(self._prepared)
+            set_terminal(self._prepared)
             import ctypes
 
             for name in ("rl_prep_term_function", "rl_deprep_term_function"):
@@ -474,7 +479,7 @@ if sys.platform != "win32":
             return text
 
         def close(self) -> None:
-            self._set_terminal(self._as_it_was)
+            set_terminal(self._as_it_was)
 
         def _complete(self, begun: str, number: int) -> str | None:
             self._completing = True
@@ -546,20 +551,10 @@ if sys.platform != "win32":
             with contextlib.suppress(termios.error):  # it is gone
                 if (
                     termios.tcgetattr(0) != self._prepared
-                    and self._set_terminal(self._prepared)
+                    and set_terminal(self._prepared)
                     and self._editor.is_half_typed(self._editing)
                 ):
                     self._editor.draw_line()
-
-        # The terminal
-
-        def _set_terminal(self, settings: list[Any]) -> bool:
-            """Change the terminal's settings, if this process may; return whether that is so."""
-            if is_in_background():
-                return False
-            with contextlib.suppress(termios.error):  # it is gone
-                termios.tcsetattr(0, termios.TCSANOW, settings)
-            return True
 
     EDITORS += [
         lambda style: LineEditor(style, GnuReadline()),
@@ -570,14 +565,11 @@ if sys.platform != "win32":
 class PromptToolkitEditor(Screen):
     """A terminal with prompt_toolkit, which runs on Windows too: what comes is shown above the half-typed line.
 
-    While ``line`` blocks, only the event loop in it draws: ``show`` has it take the line off the screen, write, and
-    draw the line again. At any other time ``show`` writes itself. The loop would swallow an exception: to end ``line``
-    with one, the prompt is told to exit with it.
+    While ``line`` blocks, only the event loop in it draws, and ends it; at any other time ``show`` writes itself.
     """
 
     def __init__(self, style: Style) -> None:
         import prompt_toolkit
-        from prompt_toolkit.key_binding.key_processor import KeyPress
         from prompt_toolkit.layout.processors import TabsProcessor
 
         os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # or each line waits for the terminal to tell where its cursor is
@@ -585,16 +577,6 @@ class PromptToolkitEditor(Screen):
         keys = prompt_toolkit.key_binding.KeyBindings()
         keys.add("c-c", eager=True)(lambda _: signal.raise_signal(signal.SIGINT))
         keys.add("tab")(self._complete)
-
-        @keys.add("<bracketed-paste>")
-        def paste(event: Any) -> None:
-            """Insert what was pasted: a newline in it is Enter, and the rest is pasted into the next line."""
-            line, newline, rest = event.data.replace("\r\n", "\n").replace("\r", "\n").partition("\n")
-            event.current_buffer.insert_text(line)
-            if newline:
-                enter = KeyPress(prompt_toolkit.keys.Keys.Enter)
-                event.key_processor.feed_multiple([enter, KeyPress(event.key_sequence[0].key, rest)], first=True)
-
         self._session: prompt_toolkit.PromptSession[str] = prompt_toolkit.PromptSession(
             key_bindings=keys,
             input_processors=[TabsProcessor(8, " ", " ")],
@@ -602,6 +584,8 @@ class PromptToolkitEditor(Screen):
             enable_suspend=True,
         )
         self._app = self._session.app
+        output: Any = self._app.output
+        output.enable_bracketed_paste = lambda: None  # so that a newline in what is pasted is Enter
         self._is_over = False  # ``line`` is to raise
         # Guards what follows; notified when the rows were shown.
         self._changed = threading.Condition()
@@ -610,16 +594,18 @@ class PromptToolkitEditor(Screen):
         if sys.platform != "win32":
             wait_for_foreground()
             self._as_it_was = termios.tcgetattr(0)
-            handle((signal.SIGCONT,), lambda *_: self._call(self._resume))
-            self._hush()
+            self._between_lines = termios.tcgetattr(0)  # what is typed or pasted then is left for the editor
+            self._between_lines[0] &= ~termios.ICRNL
+            self._between_lines[3] &= ~(termios.ECHO | termios.ICANON)
+            set_terminal(self._between_lines)
 
     # Runs in the receive thread
 
     def show(self, block: bytes) -> None:
         with self._changed:
-            self._rows += self._style.rows(block)
+            self._rows = self._style.rows(block)
             if self._is_editing:
-                self._call(self._catch_up)
+                self._have_loop_catch_up()
                 self._changed.wait_for(lambda: not self._rows)
             else:
                 self._catch_up()
@@ -627,14 +613,15 @@ class PromptToolkitEditor(Screen):
     def wake(self) -> bool:
         if sys.platform != "win32":
             return super().wake()
-        self._call(self._exit)
+        self._is_over = True
+        self._have_loop_catch_up()
         return True
 
     # Runs in the main thread
 
     def line(self, unsent: str) -> str:
-        self._hush()  # again, as after Ctrl-Z the shell may have changed that
-        self._app.erase_when_done = False
+        if sys.platform != "win32":
+            set_terminal(self._between_lines)  # again: after Ctrl-Z the shell may have changed that
         with self._changed:
             self._is_editing = True
         try:
@@ -646,19 +633,9 @@ class PromptToolkitEditor(Screen):
             if self._is_over:
                 raise Interrupted
 
-    def _hush(self) -> None:
-        """Have the kernel leave what is typed or pasted between two lines as it is, and not echo it."""
-        if sys.platform != "win32":
-            with contextlib.suppress(termios.error):  # it is gone
-                settings = termios.tcgetattr(0)
-                settings[0] &= ~termios.ICRNL
-                settings[3] &= ~(termios.ECHO | termios.ICANON)
-                termios.tcsetattr(0, termios.TCSANOW, settings)
-
     def close(self) -> None:
         if sys.platform != "win32":
-            with contextlib.suppress(termios.error):  # it is gone
-                termios.tcsetattr(0, termios.TCSANOW, self._as_it_was)
+            set_terminal(self._as_it_was)
 
     def leave_line(self, ctrl_c: bool) -> None:
         """Do nothing: prompt_toolkit begins a new row."""
@@ -666,8 +643,8 @@ class PromptToolkitEditor(Screen):
     def end_line(self) -> None:
         if not self._is_editing:
             raise Interrupted
-        self._is_over = True
-        self._call(self._catch_up)
+        self._is_over = True  # what is raised in the loop would be swallowed
+        self._have_loop_catch_up()
 
     # Runs in the loop, or where there is none
 
@@ -681,57 +658,28 @@ class PromptToolkitEditor(Screen):
                 self._rows = b""
                 self._changed.notify()
                 self._app.invalidate()
-        if self._is_over:
-            self._exit()
-
-    def _exit(self) -> None:
-        """Have ``line`` raise Interrupted, with what is half-typed left on the screen."""
-        if self._app.is_running and not self._app.is_done:
+        if self._is_over and self._app.is_running and not self._app.is_done:
             self._app.erase_when_done = not self._session.default_buffer.text  # or an empty row would stay
             self._app.exit(exception=Interrupted)
 
     def _complete(self, event: Any) -> None:
-        """Complete the label that was begun, or list those that begin so; if there is none, Tab is a character."""
+        """Complete what was begun as far as the labels agree that begin so; if there is none, Tab is a character."""
         buffer = event.current_buffer
         begun = re.split("[\t ]", buffer.document.text_before_cursor)[-1]
         is_pasted = bool(event.key_processor.input_queue)
         labels = self.people.beginning(begun) if begun and not is_pasted else []
-        same = 0
-        while len({label[: same + 1].lower() for label in labels}) == 1 and same < len(labels[0]):
-            same += 1
-        if not labels:
-            buffer.insert_text("\t")
-        elif same > len(begun) or len(labels) == 1:
+        if labels:
             buffer.delete_before_cursor(len(begun))
-            buffer.insert_text(labels[0][:same])
-        else:
-            with self._changed:
-                self._rows += f"{'  '.join(labels)}\n".encode()
-                self._catch_up()
-
-    def _resume(self) -> None:
-        """Make the terminal ours again, and draw the line, if somebody else has had it."""
-        if sys.platform != "win32" and self._app.is_running and termios.tcgetattr(0)[3] & termios.ICANON:
-            self._app.input.raw_mode().__enter__()
-            self._app.renderer.erase()
-            self._app.invalidate()
+            while len({label[: len(begun) + 1].lower() for label in labels}) == 1 and begun != labels[0]:
+                begun = labels[0][: len(begun) + 1]
+        buffer.insert_text(begun if labels else "\t")
 
     # Runs in any thread
 
-    def _call(self, function: Callable[[], object]) -> None:
-        """Have the loop call this, if it runs."""
-        loop = self._app.loop
-        if loop:
+    def _have_loop_catch_up(self) -> None:
+        if self._app.loop:
             with contextlib.suppress(RuntimeError):  # it has just been closed
-                loop.call_soon_threadsafe(function)
-
-    def _write(self, data: bytes) -> None:
-        if sys.platform == "win32":  # where only prompt_toolkit has the console understand colours
-            self._app.output.enable_autowrap()
-            self._app.output.write_raw(data.decode())
-            self._app.output.flush()
-        else:
-            super()._write(data)
+                self._app.loop.call_soon_threadsafe(self._catch_up)
 
 
 EDITORS.insert(1, PromptToolkitEditor)  # better than libedit, and all that there is on Windows
@@ -742,7 +690,7 @@ def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     term = os.environ.get("TERM") or ("" if sys.platform == "win32" else "dumb")  # Windows sets none
     plain = options.plain or not (os.isatty(0) and os.isatty(1)) or term == "dumb"
     colours: Sequence[bytes] = COLOURS_OF_256 if "256" in term or os.environ.get("COLORTERM") else COLOURS_OF_8
-    if plain or options.no_color or os.environ.get("NO_COLOR"):
+    if plain or options.no_color or os.environ.get("NO_COLOR") or sys.platform == "win32":  # whose console needs asking
         colours = ()
     bell = options.bell and os.isatty(1)
     style = Style(People(own_label), colours, options.time, bell, learn=not plain or options.reconnect)
@@ -877,20 +825,29 @@ def peer_host(sock: socket.socket) -> str:
     return str(sock.getpeername()[0]).partition("%")[0]
 
 
+CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds counts
+    (NotConnected, "{error}"),
+    (
+        (socket.gaierror, UnicodeError),
+        "Unknown host {host!r}: check the spelling; a port comes after it, with a blank between.",
+    ),
+    (
+        ConnectionRefusedError,
+        "No server at {host} port {port}: start mychatserver.py there, for other machines with --lan, "
+        "or give another port.",
+    ),
+    (
+        (socket.timeout, TimeoutError),
+        "No answer from {host} port {port}: check the address; a firewall or another network may be between.",
+    ),
+    (OSError, "Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."),
+)
+
+
 def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
-    if isinstance(error, NotConnected):
-        return str(error)
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {host!r}: check the spelling; a port comes behind it, after a blank."
-    if isinstance(error, ConnectionRefusedError):
-        return (
-            f"No server at {host} port {port}: start mychatserver.py there, for other machines with --lan, "
-            "or give another port."
-        )
-    if isinstance(error, (socket.timeout, TimeoutError)):
-        return f"No answer from {host} port {port}: check the address; a firewall or another network may be between."
-    return f"Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."
+    sentence = next(sentence for kinds, sentence in CONNECTING_PROBLEMS if isinstance(error, kinds))
+    return sentence.format(error=error, host=host, port=port)
 
 
 def lost(error: OSError) -> str:
@@ -1036,26 +993,21 @@ NOT_SENT = "* not connected: this line was not sent"
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
     """Have signals wait, in this thread and in those that it starts."""
-    if sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    before = block_signals()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        block_signals(before)
 
 
-def block_signals() -> None:
-    """Have signals wait that come to this thread; those that came before are handled before this returns."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+def block_signals(numbers: Iterable[int] = HANDLED) -> Iterable[int]:
+    """Have these signals wait in this thread, and no others; return which did before.
 
-
-def unblock_signals() -> None:
-    """Let signals come to this thread; those that waited are handled before this returns."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    Those that had come, and need not wait, are handled before this returns.
+    """
+    if sys.platform == "win32":
+        return ()
+    return signal.pthread_sigmask(signal.SIG_SETMASK, numbers)
 
 
 def start_thread(function: Callable[..., object], *arguments: object) -> threading.Thread:
@@ -1126,7 +1078,7 @@ class Conversation:
         except KeyboardInterrupt:  # a key to the line editor, not a signal
             self._ended_by = signal.SIGINT
         self._is_interruptible = False
-        unblock_signals()
+        block_signals(())
         if not self._is_over and self._is_connected:
             with contextlib.suppress(BlockingIOError):  # it is full: the receive thread wakes anyway
                 self._wakeup.send(b"\0")
@@ -1211,7 +1163,7 @@ class Conversation:
         self._in_handler = False
         if ends:
             self._screen.end_line()
-        unblock_signals()
+        block_signals(())
 
     def _farewell(self, is_stuck: bool = False) -> int:
         """Say how the conversation ended; return the exit status. Also runs in the receive thread, on Windows."""
@@ -1235,7 +1187,7 @@ class Conversation:
         """End by a signal, at once, with the terminal as it was."""
         self._screen.close()
         signal.signal(number, signal.SIG_DFL)
-        unblock_signals()
+        block_signals(())
         signal.raise_signal(number)
 
     # Runs in the receive thread
@@ -1368,7 +1320,7 @@ ANSWER_SECONDS = 10.0  # in which it has taken or refused what it was given
 TRIES = 3  # for who types it: what the server allows
 NOT_ASKED = "The server asked for no password."
 WRONG = "Wrong password: ask whoever runs the server for it, and try again."
-UNANSWERED = "The server asks for a password: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
+UNANSWERED = "A password is asked for: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
 ASKED_LATE = "the server asked for its password late; join again with --password, or --password-file FILE."
 
 
@@ -1389,7 +1341,9 @@ class Password:
         if beginning.startswith(QUESTION):
             read_line(sock, time.monotonic() + ANSWER_SECONDS)
             for tries_left in range(TRIES, 0, -1):
-                password = self._known or self._ask()
+                if not self._known and not self._can_ask:
+                    raise FatalConnectError(UNANSWERED)
+                password = self._known or password_typed()
                 if self._opens(sock, password):
                     self._known = password
                     break
@@ -1400,17 +1354,6 @@ class Password:
         elif self._known and not beginning.startswith(REFUSED):
             warn(NOT_ASKED)
         self._can_ask = False
-
-    def _ask(self) -> bytes:
-        if not self._can_ask:
-            raise FatalConnectError(UNANSWERED)
-        try:
-            password = password_typed()
-        except OSError:  # the terminal is not this process's own, as under ``su -c``
-            raise FatalConnectError(UNANSWERED) from None
-        if password.strip().lower() == b"exit":
-            raise EOFError
-        return password
 
     @staticmethod
     def _opens(sock: socket.socket, password: bytes) -> bool:
@@ -1436,38 +1379,40 @@ def first_bytes(sock: socket.socket, seconds: float) -> bytes:
 
 
 def password_typed() -> bytes:
-    """Ask for the password on this process's terminal, unseen, wherever standard input comes from.
+    """Ask for the password. Blocks; raises EOFError at Ctrl-D and ``exit``, FatalConnectError without a terminal."""
+    try:
+        password = line_unseen()
+    except OSError:  # the terminal is not this process's own, as under ``su -c``
+        raise FatalConnectError(UNANSWERED) from None
+    if password.strip().lower() == b"exit":
+        raise EOFError
+    return password
 
-    Blocks; raises EOFError at Ctrl-D, OSError where there is no terminal.
-    """
+
+def line_unseen() -> bytes:
+    """Return what is typed on this process's terminal, wherever standard input comes from. Raises EOFError, OSError."""
     if sys.platform == "win32":
         return getpass.getpass("Password: ").encode("utf-8", "replace")
-    # Elsewhere a signal that ends the program in the middle of getpass leaves the terminal without echo, and after
-    # Ctrl-Z it would show what is typed.
+    # Elsewhere a signal that ends the program in the middle of getpass leaves the terminal without echo.
     with open("/dev/tty", "r+b", buffering=0) as terminal, contextlib.ExitStack() as undo:
         as_it_was = termios.tcgetattr(terminal)
         unseen = [*as_it_was]
         unseen[3] &= ~termios.ECHO
 
-        def ask(*_: object) -> None:
-            termios.tcsetattr(terminal, termios.TCSAFLUSH, unseen)
-            terminal.write(b"Password: ")
-
-        def give_back(number: int, _: object) -> None:
+        def end(number: int, _: object) -> None:
             termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)  # which ends the program, or stops it for as long as the shell likes
-            signal.signal(number, give_back)
-            termios.tcsetattr(terminal, termios.TCSANOW, unseen)
+            signal.raise_signal(number)
 
-        leaving = signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-        for number in (signal.SIGCONT, *leaving):
+        ending = signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+        for number in (signal.SIGTSTP, *ending):
             undo.callback(signal.signal, number, signal.getsignal(number))
         undo.callback(terminal.write, b"\n")
         undo.callback(termios.tcsetattr, terminal, termios.TCSANOW, as_it_was)
-        handle((signal.SIGCONT,), ask)
-        handle(leaving, give_back)
-        ask()
+        handle(ending, end)
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # after Ctrl-Z what is typed would be shown
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, unseen)
+        terminal.write(b"Password: ")
         line = terminal.readline()
     if not line:
         raise EOFError
@@ -1561,11 +1506,9 @@ def the_server_found() -> tuple[str, int]:
 
 X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
 HANDSHAKE_SECONDS = 10.0  # in which a server must have shown that it speaks TLS, and whose it is
-# By X509_V_ERR_...: openssl-verification-options(1).
 NOT_TRUSTED = "is not trusted: give --tls-ca the PEM file of whoever runs that server."
 OTHER_NAME = "is for another name: join by a name or address that it has."
-CERTIFICATE_PROBLEMS = {
-    9: "is not valid yet: check the date on both machines.",
+CERTIFICATE_PROBLEMS = {  # by X509_V_ERR_...: openssl-verification-options(1)
     10: "has expired: whoever runs that server has to make a new one.",
     **dict.fromkeys((2, 18, 19, 20, 21), NOT_TRUSTED),  # nobody known has signed it
     **dict.fromkeys((62, 64), OTHER_NAME),  # host name, address
@@ -1580,12 +1523,9 @@ def tls_context(authority: str | None) -> ssl.SSLContext:
         raise NotConnected("This Python has no ssl module, so no TLS: use another Python, or try --ssh.") from None
     try:
         context = ssl.create_default_context(cafile=authority)
-    except ssl.SSLError:
-        raise NotConnected(
-            f"There is no certificate in {authority}: give --tls-ca the PEM file of the server's."
-        ) from None
     except OSError as error:
-        raise NotConnected(f"Cannot read {authority}: {error.strerror}; give --tls-ca a PEM file.") from None
+        reason = "there is no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror
+        raise NotConnected(f"Cannot read {authority}: {reason}; give --tls-ca the server's PEM file.") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of which nothing could be sent
     if authority is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
@@ -1616,15 +1556,14 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
             error.verify_code, f"does not do: {error.verify_message}; ask whoever runs that server."
         )
         raise FatalConnectError(f"The certificate of {where} {problem}") from None
-    except TimeoutError:
+    except (socket.timeout, TimeoutError):
         problem = f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
-    except ssl.SSLEOFError:
-        problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
-    except ssl.SSLError as error:
-        if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"):
-            raise FatalConnectError(f"No TLS at {where}: leave --tls out, or give another port.") from None
-        problem = f"No TLS with {where}: {error.reason}; check that its TLS is 1.2 or newer."
-    except OSError:  # as mychatserver.py ends it when it has no certificate
+    except OSError as error:
+        if isinstance(error, ssl.SSLError) and error.reason and not isinstance(error, ssl.SSLEOFError):
+            raise FatalConnectError(
+                f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})"
+            ) from None
+        # As mychatserver.py ends it when it has no certificate; on Python 3.9 that is an SSLError without a reason.
         problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
     except ValueError:
         problem = f"No certificate can be for {host!r}: join by the name or address that the server's has."
@@ -1639,21 +1578,17 @@ def shake_hands(secure: ssl.SSLSocket) -> None:
     """Have the server show who it is. Blocks HANDSHAKE_SECONDS at most. Raises OSError, or NotConnected."""
     import ssl
 
+    secure.settimeout(HANDSHAKE_SECONDS)  # for all of it: the ssl module sees to that
+    try:
+        secure.do_handshake()
+    except ssl.SSLError:
+        # In plain text, of which the five bytes of a record's header are taken: there is no place for us.
+        secure.setblocking(False)
+        with contextlib.suppress(OSError):
+            if socket.socket.recv(secure, 100).startswith(REFUSED[5:]):
+                raise NotConnected("The server has turned this client away; try again later.") from None
+        raise
     secure.setblocking(False)
-    deadline = time.monotonic() + HANDSHAKE_SECONDS
-    while True:
-        try:
-            secure.do_handshake()
-            return
-        except ssl.SSLWantReadError:  # what we say is so short that it is sent at once
-            if not has_come(secure, max(0.0, deadline - time.monotonic())):
-                raise TimeoutError from None
-        except ssl.SSLError:
-            # In plain text, of which the five bytes of a record's header are taken: there is no place for us.
-            with contextlib.suppress(OSError):
-                if socket.socket.recv(secure, 100).startswith(REFUSED[5:]):
-                    raise NotConnected("The server has turned this client away; try again later.") from None
-            raise
 
 
 def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket) -> None:
@@ -1665,22 +1600,22 @@ def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket
     import ssl
 
     outgoing = incoming = last = b""
-    sends, is_ended = True, False  # our side: still can; has half-closed
+    takes = True  # from the chat: until that half-closes, or the network takes no more
+    would_block = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
     plain.setblocking(False)
     try:
         while True:
             connection.pumped_bytes = len(outgoing)
-            readers: list[socket.socket] = [] if incoming else [secure]
-            readers += [] if outgoing or is_ended or not sends else [plain]
+            is_wanted = takes and not outgoing
+            readers = ([] if incoming else [secure]) + ([plain] if is_wanted else [])
             writers = ([secure] if outgoing else []) + ([plain] if incoming else [])
             if not secure.pending() or incoming:
                 select.select(readers, writers, ())
-            would_block = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
-            if not outgoing and sends and not is_ended:
+            if is_wanted:
                 with contextlib.suppress(*would_block):
                     outgoing = plain.recv(READ_BYTES)
-                    is_ended = not outgoing
-                    if is_ended:
+                    takes = bool(outgoing)
+                    if not takes:
                         outgoing = b"exit\n" if last in (b"", b"\n") else b"\nexit\n"
                     last = outgoing[-1:]
             if outgoing:
@@ -1688,7 +1623,7 @@ def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket
                     with contextlib.suppress(*would_block):
                         outgoing = outgoing[secure.send(outgoing) :]
                 except OSError:  # lost: what had come is shown all the same, and the reading will tell
-                    sends, outgoing = False, b""
+                    takes, outgoing = False, b""
             if not incoming:
                 with contextlib.suppress(*would_block):
                     incoming = secure.recv(READ_BYTES)
@@ -1885,25 +1820,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def password_for(options: argparse.Namespace) -> Password:
-    """Return what is known of the password; with ``--password`` a person is asked for it. Raises as that does."""
-    if not options.password:
-        return Password(password_from(options.password_file), is_typed=False)
-    try:
-        return Password(password_typed(), is_typed=True)
-    except OSError:
-        raise NotConnected(
-            "--password asks in a terminal: use --password-file FILE or MYCHAT_PASSWORD where there is none."
-        ) from None
-
-
 def chat(options: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
     """Join, chat, and return the exit status. Raises NotConnected, OSError or UnicodeError when that cannot be."""
     if is_every_address(options.host):
         raise NotConnected(
             f"{options.host} is where a server listens, not an address to join: use one that the server printed."
         )
-    password = password_for(options)
+    known = password_typed() if options.password else password_from(options.password_file)
+    password = Password(known, is_typed=options.password)
     context = tls_context(options.tls_ca) if options.tls else None
     if options.lan:
         options.host, options.port = the_server_found()
@@ -1938,7 +1862,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("Run this in a terminal: python mychatclient.py")
             return 1
         open_missing_descriptors()
-        unblock_signals()  # whatever our parent did
+        block_signals(())  # whatever our parent did
         options = parse_args(argv)
         with contextlib.ExitStack() as cleanup:
             try:

@@ -321,10 +321,8 @@ class Trust(TestCase):
         text = folder / "not_pem"
         text.write_text("no PEM\n")
         port = free_port()  # nobody is asked
-        self.fails(
-            port, "--tls-ca", "none", sentence="Cannot read none: No such file or directory; give --tls-ca a PEM"
-        )
-        self.fails(port, "--tls-ca", str(text), sentence=f"There is no certificate in {text}: give --tls-ca the PEM")
+        for path, reason in (("none", "No such file or directory"), (str(text), "there is no certificate in it")):
+            self.fails(port, "--tls-ca", path, sentence=f"Cannot read {path}: {reason}; give --tls-ca the server's PEM")
 
     def test_through_ssh_it_is_one_encryption_too_many(self) -> None:
         self.fails(1, "--tls", "--ssh", "box", sentence="--ssh encrypts already: leave --tls out", status=2)
@@ -655,7 +653,7 @@ class Locked(TestCase):
                 self.assertIn("Wrong password: ", program.errors())
             with client(server.port, *known[:2]) as program:
                 self.assertEqual(program.wait(), 1)
-                self.assertIn("The server asks for a password", program.errors())
+                self.assertIn("A password is asked for", program.errors())
             with client(server.port, *known, str(folder / "password")) as ann:
                 ann.expect(GREETING)
                 with client(server.port, *known, str(folder / "password")) as bob:
