@@ -250,14 +250,14 @@ class Rude(People):
                 peer.send(f"/nick n{number}\n" * 20)
 
         with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Server())  # whose end leaves unread what the others' server would work through
+            ann, bob = stack.enter_context(server.peer()), stack.enter_context(server.peer())
             for number in range(10):
-                peer = stack.enter_context(self.server.peer())
-                stack.callback(peer.reset)  # or the server would work on through megabytes that it has yet to read
-                background.run(flood, number, peer)
+                background.run(flood, number, stack.enter_context(server.peer()))
             begun = time.monotonic()
             for number in range(rounds):
-                self.ann.say(str(number))
-                self.bob.wait_for(self.ann.label, str(number))
+                ann.say(str(number))
+                bob.wait_for(ann.label, str(number))
             took = time.monotonic() - begun
             stop.set()
             background.join()
