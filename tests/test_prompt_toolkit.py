@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
-import os
 import pathlib
 import random
 import signal
@@ -21,10 +20,21 @@ from typing import Any
 from unittest import mock
 
 from tests import support, test_reference, test_terminal
-from tests.support import CLIENT, LOOPBACK, SECONDS, Background, Overdue, Terminal, TestCase, eventually, without
+from tests.support import (
+    CLIENT,
+    LONG,
+    LOOPBACK,
+    SECONDS,
+    Background,
+    Overdue,
+    Terminal,
+    TestCase,
+    eventually,
+    once,
+    without,
+)
 from tests.test_terminal import GREETING
 
-LONG = "MYCHAT_LONG" in os.environ
 NEEDS_PROMPT_TOOLKIT = unittest.skipUnless(
     importlib.util.find_spec("prompt_toolkit"), "needs prompt_toolkit: python -m pip install prompt_toolkit"
 )
@@ -137,7 +147,7 @@ class Reference(WithoutReadline, test_reference.ReferenceConversation):
 @test_terminal.NEEDS_PYTE
 @NEEDS_PROMPT_TOOLKIT
 class HalfTyped(WithoutReadline, test_terminal.HalfTyped):
-    @unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest")
+    @once
     def test_every_message(self) -> None:
         super().test_every_message()
 
@@ -238,7 +248,7 @@ class Endings(WithoutReadline, test_terminal.Endings):
         self.assertEqual(client.attributes(), client.before)
         self.assertTrue(client.screen().endswith("\nDisconnected from server\n"))
 
-    @unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest")
+    @once
     def test_ctrl_c_while_the_server_does_not_take_what_is_sent(self) -> None:
         """What comes is still shown."""
         with Judged(10, "--no-color") as client:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from tests.support import CLIENT, LOOPBACK, PYTHON, Server, Terminal, TestCase
+from tests.support import CLIENT, LOOPBACK, Server, Terminal, TestCase, command_of
 
 SERVER_OUTPUT = """\
 Server listening on 127.0.0.1:12000
@@ -81,6 +82,7 @@ def say_all(terminals: list[Terminal], labels: list[str]) -> None:
 
 class ReferenceConversation(TestCase):
     maxDiff = None
+    constants: Mapping[str, object] | None = None  # the client's, for who cannot wait
 
     def test_the_reference_conversation(self) -> None:
         """Server and all three screens match to the letter, but for the ports, which the system gives."""
@@ -94,7 +96,9 @@ class ReferenceConversation(TestCase):
             ports = {"12000": str(server.port)}
             try:
                 for port in ("54358", "54383", "54396"):
-                    terminals.append(Terminal(*PYTHON, CLIENT, *options, LOOPBACK, str(server.port)))
+                    terminals.append(
+                        Terminal(*command_of(CLIENT, self.constants), *options, LOOPBACK, str(server.port))
+                    )
                     terminals[-1].wait_for("Type 'exit' to leave.\n")
                     ports[port] = server.line().rpartition(" ")[2].rstrip(")")
                 say_all(terminals, list(ports.values())[1:])

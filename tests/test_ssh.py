@@ -167,6 +167,8 @@ class ThroughSsh(TestCase):
 
 
 class Reference(test_reference.ReferenceConversation, ThroughSsh):
+    constants = SHORT
+
     def test_the_reference_conversation(self) -> None:
         """All is the same to the letter: ssh adds nothing to any screen."""
         self.converse("--ssh", "box")

@@ -26,6 +26,7 @@ from tests.support import (
     Server,
     Terminal,
     TestCase,
+    command_of,
     home_made_server,
 )
 from tests.test_terminal import inputrc
@@ -378,13 +379,14 @@ class Starting(TestCase):
 @unittest.skipUnless(sys.platform == "linux", "needs Linux: only there the system tells what is on its way")
 class Leaving(TestCase):
     def test_after_exit_the_client_waits_as_long_as_what_it_sent_moves(self) -> None:
-        """A server that reads slowly, and never closes, gets all of a paste; then the client has waited a second."""
-        lines = "".join(f"{number:500}\r" for number in range(600))
+        """A server that reads slowly, and never closes, gets all of a paste; then the client waits half a second."""
+        client = command_of(CLIENT, {"LEAVE_SECONDS": 0.5})
+        lines = "".join(f"{number:500}\r" for number in range(300))
         with socket.create_server((LOOPBACK, 0)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8_192)
             listener.settimeout(SECONDS)
             background, pace = Background(), threading.Event()
-            with Terminal(*PYTHON, CLIENT, "--plain", LOOPBACK, str(listener.getsockname()[1])) as terminal:
+            with Terminal(*client, "--plain", LOOPBACK, str(listener.getsockname()[1])) as terminal:
                 connection, _ = listener.accept()
                 terminal.wait_for(f"{GREETING}\n")
                 background.run(terminal.type, f"{lines}exit\r".replace("\r", "\n"))
@@ -394,7 +396,7 @@ class Leaving(TestCase):
                     while not heard.endswith(b"exit\n"):
                         connection.sendall(b"54358:somebody talks\n")  # so that there is something unread at any time
                         terminal.read(0.001)
-                        pace.wait(0.01)  # two seconds and more in all: the pace is what is tested
+                        pace.wait(0.01)  # one second and more in all: the pace is what is tested
                         data = connection.recv(1_200)
                         self.assertTrue(data, heard[-100:])
                         heard += data
@@ -402,4 +404,4 @@ class Leaving(TestCase):
                         terminal.read(0.05)
                 self.assertEqual(terminal.wait(), 0)
                 background.join()
-            self.assertEqual(heard.count(b"\n"), 601)
+            self.assertEqual(heard.count(b"\n"), 301)
