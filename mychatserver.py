@@ -9,8 +9,8 @@ The wire
     Client to server: text. A line ``exit`` leaves, and so does end-of-file. Lines of blanks are not relayed. A line
     whose first word is ``/`` and a letter, without a second ``/``, is a command: see People.
     Server to client: ``label:text``, or a notice, ``* text``. A label is the port that its client connects from, or the
-    name that it has taken; ``@server`` behind it tells that its client is on another server. No text of a person stands
-    in a notice but behind ``* LABEL to you: `` and ``* to LABEL: ``. ``* refused: `` tells why somebody is turned away.
+    name that it has taken; ``@server`` after it tells that its client is on another server. No text of a person stands
+    in a notice but after ``* LABEL to you: `` and ``* to LABEL: ``. ``* refused: `` tells why somebody is turned away.
     What could move a cursor or reorder text on a screen arrives as U+FFFD, as does what is not UTF-8.
     A peer that has never sent a newline has its pieces taken for lines after a second of silence.
 
@@ -238,7 +238,8 @@ VANISHED_SECONDS = 60  # in which a peer must acknowledge what it was sent, or i
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
 WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
-OTHER_PROTOCOL = re.compile(rb"[\r\n]*[^\n]* (?i:HTTP|RTSP|SIP)/[\d.]+[ \t]*\r?\n")  # its first line ends so
+# A request's first line: a word, what it is for, and the protocol.
+OTHER_PROTOCOL = re.compile(rb"[\r\n]*[A-Za-z]+ (?:[/*]|\S+:)\S* (?i:HTTP|RTSP|SIP)/\d[\d.]*[ \t]*\r?\n")
 OTHER_ANSWER = (
     b"HTTP/1.0 400 This is a chat\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This is a chat server. Join it with: python mychatclient.py HOST PORT\r\n"
@@ -408,7 +409,7 @@ class Client:
                     self.give([memoryview(OTHER_ANSWER)])
                     return
                 is_first_line = b"\n" not in head.lstrip(b"\r\n")
-                head = head[:2] + head[2:][-64:]  # its beginning tells TLS, its end the others, however long it is
+                head = head[:32] + head[32:][-32:]  # which is enough, however long what the request is for
             yield framer.feed(data)
 
     def recv(self, size: int) -> bytes:

@@ -232,7 +232,7 @@ class Strangers(OnAServer):
 
     def test_what_only_speaks_of_it_is_text(self) -> None:
         """As is a later line that looks like a request."""
-        self.hears("HTTP/1.1 is old\nGET / HTTP/1.1\n", "HTTP/1.1 is old", "GET / HTTP/1.1")
+        self.hears("I like HTTP/2\nGET / HTTP/1.1\n", "I like HTTP/2", "GET / HTTP/1.1")
 
     def test_a_first_line_too_long_changes_nothing_for_the_next(self) -> None:
         self.ann.say("x" * 70_000)
