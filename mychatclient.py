@@ -1504,6 +1504,7 @@ def the_server_found() -> tuple[str, int]:
 
 # --- TLS: an encrypted connection to a server that shows whose it is; without --tls nothing of this runs --------------
 
+OP_IGNORE_UNEXPECTED_EOF = 0x80  # ssl.h of OpenSSL 3: the ssl module names it from 3.10 on
 X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
 HANDSHAKE_SECONDS = 10.0  # in which a server must have shown that it speaks TLS, and whose it is
 NOT_TRUSTED = "is not trusted: give --tls-ca the PEM file of whoever runs that server."
@@ -1528,6 +1529,7 @@ def tls_context(authority: str | None) -> ssl.SSLContext:
         raise NotConnected(f"Cannot read {authority}: {reason}; give --tls-ca the server's PEM file.") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of which nothing could be sent
+    context.options &= ~OP_IGNORE_UNEXPECTED_EOF  # which Python 3.9 sets: TCP's end alone could be anybody's
     if authority is not None:  # any certificate that one is given, on every Python, as on 3.13 ...
         context.verify_flags |= X509_V_FLAG_PARTIAL_CHAIN
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # ... and one that openssl has made, as on those before
@@ -1632,10 +1634,11 @@ def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket
             if incoming:
                 with contextlib.suppress(*would_block):
                     incoming = incoming[plain.send(incoming) :]
-    except ssl.SSLEOFError:
-        connection.problem = "it was cut off, without TLS's own end; check the network."
     except ssl.SSLError as error:
-        connection.problem = f"TLS failed: {error.reason}; check the network, and whether the server still runs."
+        if isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING":  # so on Python 3.9
+            connection.problem = "it was cut off, without TLS's own end; check the network."
+        else:
+            connection.problem = f"TLS failed: {error.reason}; check the network, and whether the server still runs."
     except OSError as error:  # or the chat has closed its end
         connection.problem = lost(error)
     connection.pumped_bytes = len(outgoing) + unsent_bytes(secure)
