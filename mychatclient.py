@@ -1561,11 +1561,11 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
     except (socket.timeout, TimeoutError):
         problem = f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
     except OSError as error:
-        if isinstance(error, ssl.SSLError) and error.reason and not isinstance(error, ssl.SSLEOFError):
+        if isinstance(error, ssl.SSLError) and not is_cut(error):
             raise FatalConnectError(
                 f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})"
             ) from None
-        # As mychatserver.py ends it when it has no certificate; on Python 3.9 that is an SSLError without a reason.
+        # As mychatserver.py ends it when it has no certificate.
         problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
     except ValueError:
         problem = f"No certificate can be for {host!r}: join by the name or address that the server's has."
@@ -1574,6 +1574,11 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
         start_thread(pump_tls, connection, secure, theirs)
         return connection
     raise NotConnected(problem)
+
+
+def is_cut(error: ssl.SSLError) -> bool:
+    """Return whether TCP ended without TLS's own end: Python 3.9 has no exception of its own for that."""
+    return type(error).__name__ == "SSLEOFError" or error.reason == "UNEXPECTED_EOF_WHILE_READING"
 
 
 def shake_hands(secure: ssl.SSLSocket) -> None:
@@ -1635,7 +1640,7 @@ def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket
                 with contextlib.suppress(*would_block):
                     incoming = incoming[plain.send(incoming) :]
     except ssl.SSLError as error:
-        if isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING":  # so on Python 3.9
+        if is_cut(error):
             connection.problem = "it was cut off, without TLS's own end; check the network."
         else:
             connection.problem = f"TLS failed: {error.reason}; check the network, and whether the server still runs."
