@@ -2643,12 +2643,11 @@ def serve(options: argparse.Namespace) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     new_codec = functools.partial(Codec, context) if context else None
     status = Server(listener, room, console, errors, guests, discovery, new_codec).run()
-    writers = [writer for writer in (log, console, errors, link) if writer]
-    for writer in writers:
-        writer.close()
     deadline = Deadline(WRITER_SECONDS)
-    for writer in writers:
-        writer.join(deadline.left())
+    for writer in (link, log, console, errors):  # in this order: the first ones may have something to say by the last
+        if writer:
+            writer.close()
+            writer.join(deadline.left())
     return status
 
 
