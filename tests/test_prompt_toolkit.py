@@ -99,7 +99,6 @@ class WithoutReadline(unittest.TestCase):
         for patch in (
             without("readline"),
             mock.patch.object(support, "PYTHON", (sys.executable,)),  # with what is installed beside it
-            mock.patch.object(test_reference, "PYTHON", (sys.executable,)),
             mock.patch.object(test_reference, "Terminal", Emulated),
             mock.patch.object(test_terminal, "Terminal", Emulated),
             mock.patch.object(test_terminal, "Judged", Judged),
