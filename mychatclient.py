@@ -38,6 +38,7 @@ import os
 import re
 import secrets
 import select
+import selectors
 import signal
 import socket
 import struct
@@ -860,7 +861,17 @@ def has_come(sock: socket.socket, seconds: float) -> bool:
 
     Not by the socket's own time-out, which would hold for who sends, too.
     """
-    return bool(select.select([sock], [], [], seconds)[0])
+    return bool(ready([sock], [], seconds))
+
+
+def ready(readers: Sequence[Any], writers: Sequence[Any], seconds: float | None) -> list[Any]:
+    """Wait until one of these can be read or written, so many seconds at most; return those that can."""
+    # Not select(), which ends at descriptor 1023, nor DefaultSelector, which takes a descriptor for each wait.
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        for sock in {*readers, *writers}:
+            events = selectors.EVENT_READ * (sock in readers) | selectors.EVENT_WRITE * (sock in writers)
+            selector.register(sock, events)
+        return [key.fileobj for key, _ in selector.select(seconds)]
 
 
 def is_admitted(sock: socket.socket) -> bool:
@@ -1227,15 +1238,15 @@ class Conversation:
         deadline = None if seconds is None else time.monotonic() + seconds
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = select.select([self._signals, *([sock] if sock else [])], [], [], left)[0]
-            numbers = self._signals.recv(READ_BYTES) if self._signals in ready else b""
+            found = ready([self._signals, *([sock] if sock else [])], [], left)
+            numbers = self._signals.recv(READ_BYTES) if self._signals in found else b""
             if not self._is_interruptible:
                 raise Interrupted
             if not WAKING.issuperset(numbers):
                 time.sleep(INTERRUPT_SECONDS)  # by then it has been handled, or the main thread blocks
                 self._screen.wake()
-            if sock in ready or not ready:
-                return bool(ready)
+            if sock in found or not found:
+                return bool(found)
 
     def _show_what_comes(self) -> str | None:
         """Show what comes until the connection ends; return why it was lost, if it was.
@@ -1330,6 +1341,7 @@ class Password:
     def __init__(self, known: bytes, is_typed: bool) -> None:
         self._known = known
         self._can_ask = is_typed or (not known and os.isatty(0))  # a person, once: not in mid-chat
+        self._has_joined = False  # from then on the screen is the chat's
 
     def enter(self, sock: socket.socket, connecting_seconds: float) -> None:
         """Wait for the server to ask for the password, and give it; without a question, return.
@@ -1351,9 +1363,9 @@ class Password:
                     raise FatalConnectError(WRONG)
                 warn("Wrong password, try again.")
                 self._known = b""
-        elif self._known and not beginning.startswith(REFUSED):
+        elif self._known and not beginning.startswith(REFUSED) and not self._has_joined:
             warn(NOT_ASKED)
-        self._can_ask = False
+        self._can_ask, self._has_joined = False, True
 
     @staticmethod
     def _opens(sock: socket.socket, password: bytes) -> bool:
@@ -1617,7 +1629,7 @@ def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket
             readers = ([] if incoming else [secure]) + ([plain] if is_wanted else [])
             writers = ([secure] if outgoing else []) + ([plain] if incoming else [])
             if not secure.pending() or incoming:
-                select.select(readers, writers, ())
+                ready(readers, writers, None)
             if is_wanted:
                 with contextlib.suppress(*would_block):
                     outgoing = plain.recv(READ_BYTES)
@@ -1749,7 +1761,7 @@ def warn(text: str) -> None:
 
 def forget_typed() -> None:
     """Throw away what was typed and not read, or the shell would run what was meant for the chat."""
-    if sys.platform != "win32" and os.isatty(0):
+    if sys.platform != "win32" and os.isatty(0) and not is_in_background():
         with contextlib.suppress(termios.error):
             termios.tcflush(0, termios.TCIFLUSH)
 

@@ -813,13 +813,19 @@ class Room:
             self.reply(client, f"* nobody here is called {quoted(target)}")
 
     def reply(self, client: Client, *notices: str) -> None:
-        """Give lines to ``client`` alone; wait until it has taken all but REPLY_BYTES of what it was given."""
-        self._give(client, *notices)
+        """Give lines to ``client`` alone, after what it has said; waits for the turn.
+
+        Then waits until it has taken all but REPLY_BYTES of what it was given.
+        """
+        with self._queue_lock:
+            self._wait(client, lambda: client not in self._queued)
+        with self._turn:
+            self._give(client, *notices)
         with self._queue_lock:
             self._wait(client, lambda: client.outbox_bytes <= REPLY_BYTES)
 
     def who(self, client: Client) -> None:
-        """Tell ``client`` who is here. Blocks like ``reply``, and waits for the turn."""
+        """Tell ``client`` who is here. Blocks like ``reply``."""
         with self._turn:
             notice = self._who(client)
         self.reply(client, notice)

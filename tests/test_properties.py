@@ -342,9 +342,9 @@ class Room(RuleBasedStateMachine):
         client = self.speaker(number)
         if client:
             self.type(client, "".join(f"{line}\n" for line in lines))
-            parse = [f"{client.label}:{line}" for line in lines]
-            self.said += parse
-            self.tell(self.others(client), *parse)
+            said = [f"{client.label}:{line}" for line in lines]
+            self.said += said
+            self.tell(self.others(client), *said)
 
     @rule(number=PEOPLE, name=WORDS)
     def rename(self, number: int, name: str) -> None:
@@ -373,6 +373,7 @@ class Room(RuleBasedStateMachine):
             self.type(client, f"/msg {name} psst\n")
             found = [other for other in self.here if other.label.casefold() == name.casefold()]
             self.tell(found, f"* {client.label} to you: psst")
+            self.tell([client], *(f"* to {other.label}: psst" for other in found))
             self.wrote.update((other, client) for other in found)
             if not found:
                 self.tell([client], f"* nobody here is called '{name}'")
@@ -385,6 +386,7 @@ class Room(RuleBasedStateMachine):
             to = self.wrote.get(client)
             if to in self.here:
                 self.tell([to], f"* {client.label} to you: yes")
+                self.tell([client], f"* to {to.label}: yes")
                 self.wrote[to] = client
             else:
                 self.tell([client], "* who wrote to you has left" if to else "* nobody has written to you privately")
