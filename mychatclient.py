@@ -1227,7 +1227,7 @@ class Conversation:
         while self._is_interruptible:
             if not self._screen.wake():
                 os._exit(self._farewell())
-            time.sleep(INTERRUPT_SECONDS)
+            time.sleep(INTERRUPT_SECONDS)  # a wake-up just before the main thread blocks is not seen: once more
 
     def _has_come(self, sock: socket.socket | None, seconds: float | None) -> bool:
         """Wait until there is something to receive, so many seconds at most, and see to it that signals are handled.
