@@ -501,13 +501,17 @@ class Endings(TestCase):
                 self.assertTrue(client.screen().endswith("Disconnected from server\n"))
                 self.assertEqual(client.attributes(), client.before)
 
+    def enter_much(self, client: Judged, number: int) -> None:
+        """Enter a line that takes up much of what may be on its way; raise Overdue when it is not shown."""
+        client.type(f"{number:1000}\r")
+        client.wait_for(f"{number}\n", seconds=0.7)
+
     def test_ctrl_c_while_the_server_does_not_take_what_is_sent(self) -> None:
         """What comes is still shown."""
         with Judged(10, "--no-color") as client:
             with contextlib.suppress(Overdue):  # not shown any more: the line before is being sent
                 for number in range(10_000):
-                    client.type(f"{number:1000}\r")
-                    client.wait_for(f"{number}\n", seconds=0.7)
+                    self.enter_much(client, number)
             client.say(["54358:Hi!"])
             client.wait_for("54358:Hi!\n")
             client.type("\x03")
