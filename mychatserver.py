@@ -1197,7 +1197,7 @@ class Work:
         worked = time.thread_time() - self._since
         self._credit = min(WORK_CREDIT_SECONDS, self._credit + free_seconds - worked)
         if self._credit < 0:
-            time.sleep(min(PAUSE_SECONDS, -self._credit * WORK_PRICE))
+            time.sleep(min(PAUSE_SECONDS, -self._credit * WORK_PRICE))  # the price: others run meanwhile
             self._credit = 0.0
         self._since = time.thread_time()
 
