@@ -34,6 +34,7 @@ import getpass
 import importlib
 import io
 import ipaddress
+import itertools
 import os
 import re
 import secrets
@@ -45,7 +46,6 @@ import struct
 import subprocess
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -87,118 +87,100 @@ def clean(block: bytes) -> bytes:
 
 # --- The screen: everything that is shown goes through here -----------------------------------------------------------
 
-# What others say, and what the server says of people: to know their labels.
-LABEL = "([^ :*]{1,64})"  # the server's are 24 characters and another server's name
+# What tells of people: speech, and some of the server's notices. A label is 24 characters and another server's name.
+LABEL = "([^ :*]{1,64})"
 SPEECH = re.compile(f"{LABEL}:(.*)")
+NOTICE = re.compile(rf"\* {LABEL} (joined$|to you:|is now {LABEL}$)")
 WHO = re.compile(r"\* \d+ here: (.*?)(?:, and .*)?")
-NOTICE = re.compile(rf"\* {LABEL} (?:is now {LABEL}$|(joined$|left$|to you:))")
 LABELS_REMEMBERED = 1_000  # with their colours, and for completion
-HISTORY = re.compile(rb"\* the last (?:line|\d+ lines):")
-LIVE_AGAIN = b"* live from here", b"* connected again"
+HISTORY = re.compile(r"\* the last (?:line|\d+ lines):")
+LIVE_AGAIN = "* live from here", "* connected again"
 # Of labels, with a contrast of 4 or more on black and on white both: of a terminal's 256, or of its first 8.
-COLOURS_OF_256 = tuple(b"\x1b[38;5;%dm" % number for number in (28, 161, 27, 130, 164, 30, 99, 64, 31, 131))
-COLOURS_OF_8 = b"\x1b[31m", b"\x1b[32m", b"\x1b[35m", b"\x1b[36m"
-BOLD, GREY, PLAIN_TEXT = b"\x1b[1m", b"\x1b[38;5;243m", b"\x1b[m"
+COLOURS_OF_256 = tuple(f"\x1b[38;5;{number}m" for number in (28, 161, 27, 130, 164, 30, 99, 64, 31, 131))
+COLOURS_OF_8 = "\x1b[31m", "\x1b[32m", "\x1b[35m", "\x1b[36m"
+BOLD, GREY, PLAIN_TEXT = "\x1b[1m", "\x1b[38;5;243m", "\x1b[m"
 
 
 class Interrupted(Exception):
     """The conversation is over while the main thread waited for input."""
 
 
-class People:
-    """Who was heard of, as the lines that came tell, and what we are called ourselves."""
+class Style:
+    """How lines that came are shown: as they are, or with colours, the time, a bell; and what they tell of people."""
 
-    def __init__(self, own_label: str) -> None:
+    def __init__(
+        self, own_label: str, colours: Sequence[str] = (), clock: bool = False, bell: bool = False, learn: bool = False
+    ) -> None:
         self.own_label = own_label
         self.asked_for = ""  # the name that we asked for last
-        self.labels: dict[str, int] = {}  # the latest last, each with the number of its colour
-        self._arrived = 0  # labels so far
+        self.labels: dict[str, str] = {}  # of who was heard of, the latest last, each with its colour
+        self._colours = itertools.cycle(colours or [""])
+        self._bold = BOLD if colours else ""
+        self._grey = GREY if colours is COLOURS_OF_256 else ""
+        self._clock = clock
+        self._bell = "\a" if bell else ""
+        self._is_as_it_comes = not (learn or clock or bell or colours)
+        self._in_history = False  # what comes was said earlier
 
-    def heard(self, line: bytes) -> bool:
-        """Take note of the labels in a line; return whether it is for us: a private word, or one that names us."""
-        text = line.decode("utf-8", "replace")
-        speech = SPEECH.fullmatch(text)
-        if speech:
-            self._saw(speech[1])
-            named = rf"(?<!\w){re.escape(self.own_label)}(?!\w)"
-            return bool(self.own_label and re.search(named, speech[2], re.IGNORECASE))
-        if text.startswith(("* name '", "* not a name: ")):
-            self.asked_for = ""
-        who = WHO.fullmatch(text)
-        for label in who[1].split(", ")[:LABELS_REMEMBERED] if who else ():
-            self._saw(label.removesuffix(" (you)"))
-        notice = NOTICE.match(text)
-        if notice:
-            label, new_label, verb = notice.groups()
-            # The server may see us come from another port than we do.
-            if new_label and (label == self.own_label or new_label == unicodedata.normalize("NFKC", self.asked_for)):
-                self.own_label, self.asked_for = new_label, ""
-            if new_label and label in self.labels:
-                self.labels[new_label] = self.labels.pop(label)  # with its colour
-            elif verb == "left":
-                self.labels.pop(label, None)
-            else:
-                self._saw(new_label or label)
-        return bool(notice and notice[3] == "to you:")
+    def rows(self, block: bytes) -> bytes:
+        """Return the lines of ``block`` with an empty row before each."""
+        if self._is_as_it_comes:
+            return b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n"
+        lines = block[:-1].decode("utf-8", "replace").split("\n")
+        return "".join(f"\n{self._row(line)}\n" for line in lines).encode()
 
     def beginning(self, begun: str) -> list[str]:
         """Return the labels that begin so, whatever the case, the latest last."""
         return [label for label in list(self.labels) if label.casefold().startswith(begun.casefold())]
 
-    def _saw(self, label: str) -> None:
-        if not re.fullmatch(LABEL, label):  # a server may say anything
-            return
-        if label not in self.labels:
-            self._arrived += 1
-        self.labels[label] = self.labels.pop(label, self._arrived - 1)
+    def _row(self, line: str) -> str:
+        speech = SPEECH.fullmatch(line)
+        if speech:
+            label, text = speech.groups()
+            self._remember(label)
+            us = rf"(?<!\w){re.escape(self.own_label)}(?!\w)"
+            is_for_us = bool(self.own_label and re.search(us, text, re.IGNORECASE))
+            row = coloured(self.labels[label], label) + ":" + coloured(self._bold if is_for_us else "", text)
+        else:
+            is_for_us = self._notice(line)
+            row = coloured(self._bold if is_for_us else self._grey if line.startswith("* ") else "", line)
+        if line in LIVE_AGAIN:
+            self._in_history = False
+        if self._clock and not self._in_history:
+            row = time.strftime("%H:%M ") + row
+        if HISTORY.fullmatch(line):
+            self._in_history = True
+        return row + self._bell if is_for_us else row
+
+    def _notice(self, line: str) -> bool:
+        """Take note of what a notice tells of people; return whether it is a private word for us."""
+        if line.startswith(("* name '", "* not a name: ")):
+            self.asked_for = ""
+        who = WHO.fullmatch(line)
+        for label in who[1].split(", ")[:LABELS_REMEMBERED] if who else ():
+            self._remember(label.removesuffix(" (you)"))
+        notice = NOTICE.match(line)
+        if not notice:
+            return False
+        label, what, new_label = notice.groups()
+        if new_label and label in self.labels:
+            self.labels[new_label] = self.labels.pop(label)  # with its colour
+        # The server may see us come from another port than we do.
+        if new_label and (label == self.own_label or new_label == self.asked_for):
+            self.own_label, self.asked_for = new_label, ""
+        self._remember(new_label or label)
+        return bool(what == "to you:")
+
+    def _remember(self, label: str) -> None:
+        if re.fullmatch(LABEL, label):  # a server may say anything
+            self.labels[label] = self.labels.pop(label, "") or next(self._colours)
         if len(self.labels) > LABELS_REMEMBERED:
             del self.labels[next(iter(self.labels))]
 
 
-class Style:
-    """How a line that came is shown: as it is, or with colour, with the time, with a bell."""
-
-    def __init__(
-        self,
-        people: People,
-        colours: Sequence[bytes] = (),
-        clock: bool = False,
-        bell: bool = False,
-        learn: bool = False,
-    ) -> None:
-        self.people = people
-        self._colours = colours
-        self._notice = GREY if colours is COLOURS_OF_256 else b""
-        self._clock = clock
-        self._in_history = False  # what comes was said earlier, nobody knows when
-        self._bell = bell
-        self._learn = learn or bool(colours) or bell  # who is heard of
-
-    def rows(self, block: bytes) -> bytes:
-        """Return the lines of ``block`` with an empty row before each."""
-        if not (self._learn or self._clock):
-            return b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n"
-        return b"".join(b"\n" + self._row(line) + b"\n" for line in block[:-1].split(b"\n"))
-
-    def _row(self, line: bytes) -> bytes:
-        is_for_us = self._learn and self.people.heard(line)
-        row = line
-        if self._colours:
-            label, colon, text = line.partition(b":")
-            number = self.people.labels.get(label.decode("utf-8", "replace"))
-            if line.startswith(b"* "):
-                before = BOLD if is_for_us else self._notice
-                row = before + line + PLAIN_TEXT if before else line
-            elif colon and number is not None:
-                colour = self._colours[number % len(self._colours)]
-                row = colour + label + PLAIN_TEXT + b":" + (BOLD + text + PLAIN_TEXT if is_for_us else text)
-        if line in LIVE_AGAIN:
-            self._in_history = False
-        if self._clock and not self._in_history:
-            row = time.strftime("%H:%M ").encode() + row
-        if HISTORY.fullmatch(line):
-            self._in_history = True
-        return row + (b"\a" if is_for_us and self._bell else b"")
+def coloured(colour: str, text: str) -> str:
+    """Return a text in a colour, or as it is where there is none."""
+    return f"{colour}{text}{PLAIN_TEXT}" if colour else text
 
 
 class Screen:
@@ -207,8 +189,7 @@ class Screen:
     def __init__(self, style: Style) -> None:
         self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written
         self.problem = ""  # why nothing can be, as on a full disk
-        self.people = style.people
-        self._style = style
+        self.style = style
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
         # One message at a time; but a handler of signals may have to say something in the middle of one.
@@ -218,7 +199,7 @@ class Screen:
 
     def show(self, block: bytes) -> None:
         """Show whole lines that came from the server, below an empty row each. Blocks while standard output does."""
-        self._write(self._style.rows(block))
+        self._write(self.style.rows(block))
 
     def wake(self) -> bool:
         """Have the main thread call the handler of signals; return whether its wait for a line can be ended at all.
@@ -238,7 +219,7 @@ class Screen:
 
     def notice(self, text: str) -> None:
         """Show a notice of our own as if it came from the server."""
-        self._write(self._style.rows(f"{text}\n".encode()))
+        self._write(self.style.rows(f"{text}\n".encode()))
 
     def line(self, unsent: str) -> str:
         """Return the next line entered; it may begin with ``unsent``. Blocks; raises EOFError at Ctrl-D."""
@@ -496,7 +477,7 @@ if sys.platform != "win32":
             """
             if number == 0:
                 is_pasted = bool(select.select([0], [], [], 0)[0])
-                self._matches = self.people.beginning(begun) if begun and not is_pasted else []
+                self._matches = self.style.beginning(begun) if begun and not is_pasted else []
                 if not self._matches:
                     self._editor.module.insert_text("\t")
                     self._editor.library.rl_redisplay()
@@ -517,7 +498,7 @@ if sys.platform != "win32":
                 return
             half_typed = self._editor.is_half_typed(self._editing)
             before = self._editor.clear_line() if half_typed else b""
-            self._write(before + self._style.rows(self._block))
+            self._write(before + self.style.rows(self._block))
             if half_typed:
                 self._editor.draw_line()
             self._block = b""
@@ -604,7 +585,7 @@ class PromptToolkitEditor(Screen):
 
     def show(self, block: bytes) -> None:
         with self._changed:
-            self._rows = self._style.rows(block)
+            self._rows = self.style.rows(block)
             if self._is_editing:
                 self._have_loop_catch_up()
                 self._changed.wait_for(lambda: not self._rows)
@@ -668,7 +649,7 @@ class PromptToolkitEditor(Screen):
         buffer = event.current_buffer
         begun = re.split("[\t ]", buffer.document.text_before_cursor)[-1]
         is_pasted = bool(event.key_processor.input_queue)
-        labels = self.people.beginning(begun) if begun and not is_pasted else []
+        labels = self.style.beginning(begun) if begun and not is_pasted else []
         if labels:
             buffer.delete_before_cursor(len(begun))
             while len({label[: len(begun) + 1].lower() for label in labels}) == 1 and begun != labels[0]:
@@ -690,11 +671,11 @@ def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     """Return the screen that suits the terminal, or the pipe, and the options."""
     term = os.environ.get("TERM") or ("" if sys.platform == "win32" else "dumb")  # Windows sets none
     plain = options.plain or not (os.isatty(0) and os.isatty(1)) or term == "dumb"
-    colours: Sequence[bytes] = COLOURS_OF_256 if "256" in term or os.environ.get("COLORTERM") else COLOURS_OF_8
+    colours: Sequence[str] = COLOURS_OF_256 if "256" in term or os.environ.get("COLORTERM") else COLOURS_OF_8
     if plain or options.no_color or os.environ.get("NO_COLOR") or sys.platform == "win32":  # whose console needs asking
         colours = ()
     bell = options.bell and os.isatty(1)
-    style = Style(People(own_label), colours, options.time, bell, learn=not plain or options.reconnect)
+    style = Style(own_label, colours, options.time, bell, learn=not plain or options.reconnect)
     for editor in EDITORS if not plain else ():
         with contextlib.suppress(*UNUSABLE):
             return editor(style)
@@ -1127,7 +1108,7 @@ class Conversation:
             else:
                 command, _, name = data.strip().partition(b" ")
                 if command.lower() == b"/nick":
-                    self._screen.people.asked_for = name[:100].decode("utf-8", "replace").strip()  # more is no name
+                    self._screen.style.asked_for = name[:100].decode("utf-8", "replace").strip()  # more is no name
                 return
         if not self._is_leaving:
             self._screen.notice(NOT_SENT)
@@ -1304,10 +1285,10 @@ class Conversation:
             raise Interrupted
         before, self._connection = self._connection, connection
         before.close()
-        people = self._screen.people
-        if people.own_label and not people.own_label[0].isdigit():  # not a port: the last name that we got
-            self._name = people.own_label
-        people.own_label = connection.label
+        style = self._screen.style
+        if style.own_label and not style.own_label[0].isdigit():  # not a port: the last name that we got
+            self._name = style.own_label
+        style.own_label = connection.label
         self._ask_for_name()
         self._is_connected = True
         self._screen.show(b"* connected again\n")
@@ -1317,7 +1298,7 @@ class Conversation:
 
     def _ask_for_name(self) -> None:
         if self._name:
-            self._screen.people.asked_for = self._name
+            self._screen.style.asked_for = self._name
             with contextlib.suppress(OSError):  # lost: the reading will tell
                 self._connection.sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
 

@@ -481,7 +481,7 @@ class WithoutReadline(TestCase):
 
 def style(own_label: str = "", colour: bool = False, clock: bool = False, bell: bool = False) -> mychatclient.Style:
     colours = mychatclient.COLOURS_OF_8 if colour else ()
-    return mychatclient.Style(mychatclient.People(own_label), colours, clock, bell, learn=False)
+    return mychatclient.Style(own_label, colours, clock, bell)
 
 
 class Looks(SharedServerTestCase):
@@ -517,35 +517,34 @@ class Looks(SharedServerTestCase):
         self.assertEqual(style("ann", bell=True).rows(b"bob:ann\n"), b"\nbob:ann\a\n")
 
     def test_our_label_where_the_server_sees_another_port(self) -> None:
-        people = mychatclient.People("54358")
-        people.asked_for = "a\u0308nn"
-        people.heard("* 60000 is now änn".encode())
+        people = mychatclient.Style("54358", learn=True)
+        people.asked_for = "änn"
+        people.rows("* 60000 is now änn\n".encode())
         self.assertEqual(people.own_label, "änn")
-        people.heard("* änn is now bob".encode())
-        people.heard("* eve is now änn".encode())  # not we: what was asked for is done
+        people.rows("* änn is now bob\n".encode())
+        people.rows("* eve is now änn\n".encode())  # not we: what was asked for is done
         self.assertEqual(people.own_label, "bob")
         people.asked_for = "carol"
-        people.heard(b"* name 'carol' is taken")
-        people.heard(b"* eve is now carol")
+        people.rows(b"* name 'carol' is taken\n")
+        people.rows(b"* eve is now carol\n")
         self.assertEqual(people.own_label, "bob")
 
     def test_labels_seen(self) -> None:
-        people = mychatclient.People("54358")
+        people = mychatclient.Style("54358", learn=True)
         for line in (
             "54383:Hi!",
             "* 54396 joined",
             "* 54396 is now carol",
-            "* 54383 left",
             "* bob to you: x",
             "* 7 here: 1, 2 (you), and 5 more, and people on paris, oslo",
             "no label: x",
             "* line too long: x",
         ):
-            people.heard(line.encode())
-        self.assertEqual(list(people.labels), ["carol", "bob", "1", "2"])
+            people.rows(f"{line}\n".encode())
+        self.assertEqual(list(people.labels), ["54383", "carol", "bob", "1", "2"])
         for number in range(2_000):
-            people.heard(f"a{number}:x".encode())
-        people.heard(b"a" * 65 + b":x")
+            people.rows(f"a{number}:x\n".encode())
+        people.rows(b"a" * 65 + b":x\n")
         self.assertNotIn("a" * 65, people.labels)
         self.assertEqual(len(people.labels), mychatclient.LABELS_REMEMBERED)
 

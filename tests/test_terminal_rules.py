@@ -223,11 +223,6 @@ class Typed(TestCase):
                     ann.expect(f"{bob.label}:fence")
 
 
-def style(own_label: str = "", colours: tuple[bytes, ...] = (), **options: bool) -> mychatclient.Style:
-    options = {"clock": False, "bell": False, "learn": False, **options}
-    return mychatclient.Style(mychatclient.People(own_label), colours, **options)
-
-
 def contrasts(number: int) -> tuple[float, float]:
     """Return the contrast of one of 256 colours on black and on white: WCAG 2, relative luminance."""
     levels = (0, 95, 135, 175, 215, 255)
@@ -244,20 +239,20 @@ class Looks(TestCase):
     def test_ten_colours_come_in_order_of_arrival_all_before_one_comes_twice(self) -> None:
         colours = mychatclient.COLOURS_OF_256
         self.assertEqual(len(set(colours)), 10)
-        looks = style(colours=colours)
+        looks = mychatclient.Style("", colours=colours)
         for number in range(25):
             for _ in range(2):
                 row = looks.rows(b"a%d:Hi!\n" % number)
-                self.assertEqual(row, b"\n" + colours[number % 10] + b"a%d\x1b[m:Hi!\n" % number)
+                self.assertEqual(row.decode(), f"\n{colours[number % 10]}a{number}\x1b[m:Hi!\n")
 
     def test_what_is_coloured_can_be_read_on_black_and_on_white(self) -> None:
         for colour in mychatclient.COLOURS_OF_256:
             self.assertGreaterEqual(min(contrasts(int(colour[7:-1]))), 4.0, colour)
         self.assertGreaterEqual(min(contrasts(int(mychatclient.GREY[7:-1]))), 3.0)
-        self.assertFalse({b"\x1b[33m", b"\x1b[34m"} & set(mychatclient.COLOURS_OF_8))
-        looks = style(colours=mychatclient.COLOURS_OF_256)
-        self.assertEqual(looks.rows(b"* to bob: Hi!\n"), b"\n" + mychatclient.GREY + b"* to bob: Hi!\x1b[m\n")
-        self.assertEqual(style(colours=mychatclient.COLOURS_OF_8).rows(b"* ann left\n"), b"\n* ann left\n")
+        self.assertFalse({"\x1b[33m", "\x1b[34m"} & set(mychatclient.COLOURS_OF_8))
+        looks = mychatclient.Style("", colours=mychatclient.COLOURS_OF_256)
+        self.assertEqual(looks.rows(b"* to bob: Hi!\n").decode(), f"\n{mychatclient.GREY}* to bob: Hi!\x1b[m\n")
+        self.assertEqual(mychatclient.Style("", mychatclient.COLOURS_OF_8).rows(b"* ann left\n"), b"\n* ann left\n")
 
     def test_a_terminal_with_256_colours_gets_them(self) -> None:
         for settings, colour in (
@@ -272,12 +267,12 @@ class Looks(TestCase):
                     with server.peer() as ann:
                         ann.say("Hi!")
                         terminal.wait_for(f"{ann.label}:Hi!\n")
-                        self.assertIn(colour + ann.label.encode() + b"\x1b[m:Hi!", terminal.output)
+                        self.assertIn(f"{colour}{ann.label}\x1b[m:Hi!", terminal.output.decode())
 
     def test_the_time_is_on_live_lines_and_not_on_history(self) -> None:
-        rows = style(clock=True).rows
+        rows = mychatclient.Style("", clock=True).rows
         self.assertRegex(rows(b"a:1\n* the last 2 lines:\n"), rb"^\n\d\d:\d\d a:1\n\n\d\d:\d\d \* the last 2 lines:\n$")
-        looks = style(clock=True)
+        looks = mychatclient.Style("", clock=True)
         self.assertRegex(looks.rows(b"* the last line:\n"), rb"^\n\d\d:\d\d \* the")
         self.assertEqual(looks.rows(b"a:old\n"), b"\na:old\n")
         self.assertRegex(
@@ -287,20 +282,20 @@ class Looks(TestCase):
         self.assertRegex(looks.rows(b"a:new\n"), rb"^\n\d\d:\d\d a:new\n$")
 
     def test_names_are_ours_in_any_case(self) -> None:
-        looks = style("Ann", colours=mychatclient.COLOURS_OF_8, bell=True)
+        looks = mychatclient.Style("Ann", colours=mychatclient.COLOURS_OF_8, bell=True)
         for text in (b"hi ann!", b"ANN?", b"@aNN"):
             self.assertTrue(looks.rows(b"bob:" + text + b"\n").endswith(b"\x1b[1m" + text + b"\x1b[m\a\n"), text)
         self.assertNotIn(b"\a", looks.rows(b"bob:annika\n"))
-        self.assertEqual(looks.people.beginning("BO"), ["bob"])
+        self.assertEqual(looks.beginning("BO"), ["bob"])
 
     def test_what_a_server_says_is_remembered_within_bounds(self) -> None:
-        people = mychatclient.People("")
+        people = mychatclient.Style("", learn=True)
         for number in range(3_000 if LONG else 300):
-            people.heard(b"* 1 here: " + b"x" * 200_000)
-            people.heard(b"* %d is now %s" % (number, b"x" * 65))
-            people.heard(b"a%d:Hi!" % number)
+            people.rows(b"* 1 here: " + b"x" * 200_000 + b"\n")
+            people.rows(b"* %d is now %s\n" % (number, b"x" * 65))
+            people.rows(b"a%d:Hi!\n" % number)
         self.assertLessEqual(max(map(len, people.labels)), 64)
-        people.heard(b"* 9 here: " + b", ".join(b"b%d" % number for number in range(5_000)))
+        people.rows(b"* 9 here: " + b", ".join(b"b%d" % number for number in range(5_000)) + b"\n")
         self.assertEqual(len(people.labels), mychatclient.LABELS_REMEMBERED)
 
 
