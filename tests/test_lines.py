@@ -197,10 +197,10 @@ class Speaking(unittest.TestCase):
             self.assertEqual(list(parse(block)), [(block, "")])
 
     def test_each_line_is_labelled(self) -> None:
-        self.assertEqual(labelled("54358", b"a\n\tb\n", 100), (b"54358:a\n54358:\tb\n", b""))
+        self.assertEqual(labelled("54358", b"a\n\tb\n"), b"54358:a\n54358:\tb\n")
 
     def test_lines_from_another_server_have_their_labels(self) -> None:
-        self.assertEqual(labelled("", b"ann@a:x\nbob@a:y\n", 10), (b"ann@a:x\n", b"bob@a:y\n"))
+        self.assertEqual(labelled("", b"ann@a:x\nbob@a:y\n"), b"ann@a:x\nbob@a:y\n")
 
 
 class Piping(unittest.TestCase):

@@ -18,7 +18,7 @@ except ImportError:
 
 import mychatclient
 import mychatserver
-from mychatserver import clean, folded, labelled, name_problem, parse, qualified, validated
+from mychatserver import clean, folded, front, labelled, name_problem, parse, qualified, validated
 from tests.support import LONG, LOOPBACK, Peer, Server, new_framer
 
 # No deadline: machines may be busy. Nothing is kept from one run to the next: a failure prints what brings it back.
@@ -136,9 +136,10 @@ class Lines(unittest.TestCase):
     ) -> None:
         rest, portions = b"".join(line + b"\n" for line in lines), []
         while rest:
-            portion, rest = labelled("54358", rest, size)
+            portion = front(rest, size)
             self.assertTrue(len(portion) <= size or portion.count(b"\n") == 1)
-            portions.append(portion)
+            portions.append(labelled("54358", portion))
+            rest = rest[len(portion) :]
         self.assertEqual(b"".join(portions), b"".join(b"54358:" + line + b"\n" for line in lines))
 
 
