@@ -6,6 +6,7 @@ anything: who reads slowly holds up all others.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 
@@ -41,4 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
