@@ -61,12 +61,11 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, Union
 
 if TYPE_CHECKING:
     import asyncio
     import ssl  # at run time only where somebody asks for TLS: some Pythons have none
-    from urllib.parse import SplitResult
 
 __version__ = "1.0"
 
@@ -1976,23 +1975,21 @@ class Codec:
 
 # --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
 
-NATS_PORT = 4222
 SERVER_NAME_CHARACTERS = 32  # with a person's name no longer than clients take for a label
 LINK_MESSAGE_BYTES = 4 * MAX_LINE_BYTES  # for a line of which cleaning has made three bytes each; more is thrown away
 LINK_START_SECONDS = 4.5  # at most, to find a NATS at the start
 LINK_CONNECT_SECONDS = 2.0  # for each step of a connection: TCP's, NATS's and TLS's greetings, the login
-LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to confirm one
-LINK_PAUSE_SECONDS = 1.0  # before trying the same NATS again, and before what was kept is sent
-LINK_GIVE_UP_SECONDS = 30.0  # without a link, after which the library begins anew
-X509_V_FLAG_PARTIAL_CHAIN = 0x80000  # x509_vfy.h: the ssl module names it from 3.10 on
+LINK_SIGN_SECONDS = 5.0  # between two signs of life, and for NATS to confirm a message
+LINK_PAUSE_SECONDS = 1.0  # before another try to connect, and before what was kept is sent
 HEARD_SECONDS = 60.0  # since the last sign of life: then a server is no longer told of
 SERVERS_REMEMBERED = 10_000  # a stranger may make up more
 
 SERVER_NAME = re.compile(f"[0-9A-Za-z_-]{{1,{SERVER_NAME_CHARACTERS}}}")
 SUBJECT = re.compile(r"mychat\.[0-9A-Za-z_-]+\.([0-9A-Za-z_-]{1,40})\.([0-9A-Za-z_]{1,16})\.([0-9]{1,9})\.said")
+NATS_URL = re.compile(r"(nats|tls)://(?:([^@:/]+)(?::(.*))?@)?(\[[^]@/]+\]|[^]@/:[]+)(?::([1-9]\d*)?)?/?")
 NOT_SENT = "not sent to the other servers"
 MISSED = re.compile(rb"(?m)^\* (\d+) lines %s\n" % NOT_SENT.encode())  # from the link's own writer: no label is so
-CREDENTIALS = re.compile(r"BEGIN NATS USER JWT-+\s+\S+\s.*BEGIN USER NKEY SEED-+\s+(\S+)\s", re.DOTALL)
+CREDENTIALS = re.compile(r"BEGIN NATS USER JWT.*\n.*BEGIN USER NKEY SEED.*\n.*\n", re.DOTALL)
 LINK_PROBLEMS = {  # by what is in the names of an exception's classes and in its words, the first that fits
     "gaierror|UnicodeError": "Unknown host '{host}': check the URL of --nats.",
     "TimeoutError": "No answer from {nats}: is it stopped, or a firewall between? Check the URL of --nats.",
@@ -2000,16 +1997,18 @@ LINK_PROBLEMS = {  # by what is in the names of an exception's classes and in it
     "SSLCertVerificationError": "{nats} has no certificate to be trusted, {words}: give --nats-ca the right one.",
     "no TLS": "{nats} does not speak TLS: set it up there, or give a URL with nats://.",
     "(?i:authorization)": "{nats} does not let us in: check user and password, token or --nats-creds.",
+    "ImportError": "--nats-creds needs the library nkeys: python -m pip install nkeys",
     "": "No link by {nats}, {words}: its log may say more, or it is not NATS.",
 }
 
 
-def named(servers: Sequence[str]) -> str:
-    """Return what tells of other servers, nothing if there are none."""
-    if not servers:
-        return ""
-    more = f" and {len(servers) - WHO_SHOWN} more" if len(servers) > WHO_SHOWN else ""
-    return f", and people on {', '.join(servers[:WHO_SHOWN])}{more}"
+class Node(NamedTuple):
+    """A NATS to connect to."""
+
+    scheme: str  # nats, or tls: never without TLS
+    user: str | None  # without a password it is a token
+    password: str | None
+    address: str  # host:port
 
 
 def qualified(lines: bytes, server: str) -> bytes:
@@ -2034,8 +2033,10 @@ class Link(Writer):
     """A member of the room and a speaker in it: the servers that share it, over NATS, by the library nats-py.
 
     A thread runs asyncio for the library. Two writers, this one and the arrivals, keep the room and NATS from waiting
-    for each other. Each server publishes under mychat.ROOM.NAME alone, with the random ID of its process and the number
-    of its connection:
+    for each other. NATS confirms each message before the next is sent, so it is known what a cut may have lost. There
+    is a new client of the library for each connection: not all that the library does after a cut can be relied on.
+    Each server publishes under mychat.ROOM.NAME alone, with the random ID of its process and the number of its
+    connection:
         mychat.ROOM.NAME.ID.NUMBER.said   whole lines, each with @NAME after its label; without any, a sign of life
     A line is believed only under the NAME that it has; who may publish there is for NATS's permissions to say. What
     comes late, by an earlier connection, is dropped, or it would be out of order.
@@ -2054,26 +2055,31 @@ class Link(Writer):
 
         try:
             self._library: Any = importlib.import_module("nats.aio.client")
-            self._credentials = credentials(options.nats_creds) if options.nats_creds else None
-        except ImportError as error:
-            name = "nkeys" if error.name == "nkeys" else "nats-py"
-            raise Unusable(f"--nats needs the library {name}: python -m pip install {name}") from None
+        except ImportError:
+            raise Unusable("--nats needs the library nats-py: python -m pip install nats-py") from None
 
         async def look_up(*arguments: Any, **options: Any) -> Any:
             return socket.getaddrinfo(*arguments, **options)
 
         logging.disable()  # what goes wrong is said in a sentence, here
-        self._room, self._console, self._errors, self._options = room, console, errors, options
+        self._room, self._console, self._errors = room, console, errors
+        self._room_name = options.room or "main"
+        host = re.sub("[^0-9A-Za-z_-]", "-", socket.gethostname().partition(".")[0])[:SERVER_NAME_CHARACTERS]
+        self._server_name = options.server_name or host or "server"
         self._tls = tls_to_nats(options.nats_ca)
+        creds = options.nats_creds
+        self._credentials = self._library.RawCredentials(credentials(creds)) if creds is not None else None
         self._id = secrets.token_hex(8)
         self._arrivals = Writer("arrivals", functools.partial(room.relay, self), "from the other servers not shown")
-        self._may_speak = threading.Event()  # there is a link, and the other servers have had time for theirs
+        self._is_linked = threading.Event()  # and the other servers have had time to be
         # The asyncio thread changes what follows; others look.
-        self._nats: Any = None  # the library's client: it connects again by itself, to any node of a cluster
-        self._patience: Deadline | None = None  # while there is no link: in which the library may find one
-        self._connections = 1
-        self._sending: asyncio.Task[None] | None = None
-        self._problems: set[str] = set()  # told since there was a link
+        self._urls: list[Node] = options.nats
+        self._nodes = self._urls  # and those of which NATS has told
+        self._node = self._urls[0]  # the last that was tried
+        self._nats: Any = None  # the library's client: of the connection with this number
+        self._number = 1
+        self._lost: asyncio.Event  # the connection is closed, or NATS does not answer
+        self._problem = ""  # told last
         self._heard: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the last NUMBER, by NAME and ID
         self._has_namesake = False
         loop = asyncio.new_event_loop()
@@ -2083,7 +2089,7 @@ class Link(Writer):
         try:
             self._run_soon(self._connect()).result(LINK_START_SECONDS)
         except concurrent.futures.TimeoutError:  # perhaps a name is still looked up
-            raise Unusable(linking_problem(TimeoutError(), self._nats)) from None
+            raise Unusable(linking_problem(TimeoutError(), self._node)) from None
         super().__init__("link", self._publish, NOT_SENT)
 
     # Runs in the main thread
@@ -2091,8 +2097,9 @@ class Link(Writer):
     def start(self) -> None:
         """Join the room. Waits for the turn."""
         self._room.add(self)
-        self._console.say(f"Linked to room {self._options.room} as {self._options.server_name}")
-        self._may_speak.set()
+        self._console.say(f"Linked to room {self._room_name} as {self._server_name}")
+        self._is_linked.set()
+        self._run_soon(self._give_signs())
         self._run_soon(self._stay_linked())
 
     # Called from any thread
@@ -2100,141 +2107,130 @@ class Link(Writer):
     def elsewhere(self) -> str:
         """Return what a list of who is here ends with: the servers that were heard of in the last minute."""
         since = time.monotonic() - HEARD_SECONDS
-        return named(list(dict.fromkeys(name for (name, _), (when, _) in self._heard.copy().items() if when >= since)))
+        servers = list(dict.fromkeys(name for (name, _), (when, _) in self._heard.copy().items() if when >= since))
+        more = f" and {len(servers) - WHO_SHOWN} more" if len(servers) > WHO_SHOWN else ""
+        return f", and people on {', '.join(servers[:WHO_SHOWN])}{more}" if servers else ""
 
     # Runs in the writer's thread
 
     def _publish(self, lines: bytes) -> None:
         """Publish lines while there is a link, a message at a time; tell our people how many NATS may not have."""
         missed = sum(map(int, MISSED.findall(lines)))
-        lines = qualified(MISSED.sub(b"", lines), self._options.server_name)
+        lines = qualified(MISSED.sub(b"", lines), self._server_name)
         while lines:
-            self._may_speak.wait()
+            self._is_linked.wait()
             some = front(lines, min(self._nats.max_payload, LINK_MESSAGE_BYTES))
             lines = lines[len(some) :]
             try:
                 self._run_soon(self._send(some)).result()
-            except Exception:  # cancelled, or of any kind that the library has
+            except Exception:  # of any kind that the library has
                 missed += some.count(b"\n")
+                time.sleep(LINK_PAUSE_SECONDS)  # in which a link that is lost is found to be
         if missed:
             self._arrivals.say(f"* {missed} lines {NOT_SENT}")
 
     # Runs in the asyncio thread
 
     async def _connect(self) -> None:
-        """Have a new client of the library connect to the first NATS that answers, and hear the room.
+        """Connect to the first node that answers; raise Unusable, with the last problem, when none does."""
+        problem = ""
+        for node in self._nodes:
+            self._node, nats = node, self._library.Client()
+            try:
+                await self._log_in(nats, node)
+                return
+            except Exception as error:  # of any kind: who answers may be no NATS
+                problem = linking_problem(error, node)
+                self._run_soon(nats.close())
+        raise Unusable(problem)
 
-        Raises Unusable, with the last problem, when none of those in the URLs does.
-        """
-        from urllib.parse import unquote
+    async def _log_in(self, nats: Any, node: Node) -> None:
+        """Have a new client of the library connect to ``node``, and hear the room."""
+        import asyncio
 
-        nats = self._nats = self._library.Client()
-        tries = len(self._options.nats)
+        lost = asyncio.Event()
         take, login = nats._process_msg, nats._connect_command
 
         async def on_error(error: Exception) -> None:
-            nonlocal tries
-            tries -= 1
-            if tries == 0:  # not the error itself: the library would go on for ever
-                raise Unusable(linking_problem(error, nats))
-            if tries < 0:
-                self._tell(linking_problem(error, nats))
+            if nats.is_connected:
+                self._tell(linking_problem(error, node))
+            elif not nats.is_closed:  # the library would try for ever
+                raise error
+
+        async def on_closed() -> None:
+            lost.set()
 
         async def on_message(*message: Any) -> None:
             with contextlib.suppress(Exception):  # a subject that is not UTF-8, say, would end the reading
                 await take(*message)
 
-        def log_in() -> bytes:
+        def first_words() -> bytes:
             """Return what the library sends first. It has begun TLS by then, but only if NATS has asked for it."""
-            node = nats._current_server
-            if node.uri.scheme == "tls" and not nats._transport._io_writer.get_extra_info("ssl_object"):
+            if node.scheme == "tls" and not nats._transport._io_writer.get_extra_info("ssl_object"):
                 raise ConnectionError("no TLS")
-            # Other nodes of a cluster are told of without what is secret.
-            ours = (address for address in self._options.nats if address.scheme == node.uri.scheme)
-            address = next(ours) if node.discovered else node.uri
-            user, password = (unquote(part) if part else part for part in (address.username, address.password))
-            nats.options.update(user=user, password=password, token=user)  # the last if there is no password
             return bytes(login())
 
-        nats._process_msg, nats._connect_command = on_message, log_in
-        try:
-            await nats.connect(
-                servers=[address.geturl() for address in self._options.nats],
-                name="mychatserver",
-                no_echo=True,
-                tls=self._tls,
-                user_credentials=self._credentials,
-                connect_timeout=LINK_CONNECT_SECONDS,
-                dont_randomize=True,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=LINK_PAUSE_SECONDS,
-                ping_interval=LINK_SIGN_SECONDS,
-                max_outstanding_pings=1,
-                error_cb=on_error,
-                disconnected_cb=self._on_disconnected,
-                reconnected_cb=self._on_connected,
-            )
-            tries = 0
-            await nats.subscribe(f"mychat.{self._options.room}.>", cb=self._hear)
-            await nats.flush()
-        except Unusable:
-            raise
-        except Exception as error:  # of any kind: who answers may be no NATS
-            raise Unusable(linking_problem(error, nats)) from None
+        nats._process_msg, nats._connect_command = on_message, first_words
+        await nats.connect(
+            f"{node.scheme}://{node.address}",
+            name="mychatserver",
+            no_echo=True,
+            allow_reconnect=False,
+            tls=self._tls,
+            user=node.user,
+            password=node.password,
+            token=node.user,  # which goes out if there is no password
+            user_credentials=self._credentials,
+            connect_timeout=LINK_CONNECT_SECONDS,
+            error_cb=on_error,
+            closed_cb=on_closed,
+        )
+        await nats.subscribe(f"mychat.{self._room_name}.>", cb=self._hear)
+        await nats.flush(LINK_CONNECT_SECONDS)
+        self._nats, self._lost = nats, lost
 
-    async def _stay_linked(self) -> None:
-        """Give signs of life; have a new client when the library has given up, or is stuck. Does not end."""
+    async def _give_signs(self) -> None:
+        """Publish a sign of life now and then. Does not end."""
         import asyncio
 
         while True:
-            await self._on_disconnected()  # the library may wait for a NATS that is stopped before it says so
-            if not self._patience:
-                await self._nats.publish(self._subject())
-            elif self._nats.is_closed or not self._patience.left():
-                self._run_soon(self._nats.close())  # it may never end
-                try:
-                    await self._connect()
-                    await self._on_connected()
-                except Unusable as problem:
-                    self._tell(str(problem))
-                    self._patience = Deadline(0)  # this one does not try again
+            with contextlib.suppress(Exception):  # the link is lost, and known to be
+                await self._send(b"")
             await asyncio.sleep(LINK_SIGN_SECONDS)
 
-    async def _on_disconnected(self) -> None:
-        """Have people told, and nothing sent, unless that is known, or there is a connection: a new client's."""
-        if self._patience or self._nats.is_connected:
-            return
-        self._patience = Deadline(LINK_GIVE_UP_SECONDS)
-        self._may_speak.clear()
-        self._nats._pending.clear()  # what is not sent by now counts as not sent
-        if self._sending:
-            self._sending.cancel()  # the library would wait for an answer for ever
-        self._arrivals.say("* link to the other servers lost")
-
-    async def _on_connected(self) -> None:
-        """Have people told, and what was kept sent after a pause: the other servers may have been cut off, too."""
+    async def _stay_linked(self) -> None:
+        """Whenever the link is lost, tell people, and connect again. Does not end."""
         import asyncio
 
-        self._connections += 1
-        self._patience = None
-        self._problems.clear()
-        self._arrivals.say("* link restored")
-        await asyncio.sleep(LINK_PAUSE_SECONDS)
-        if not self._patience:
-            self._may_speak.set()
+        while True:
+            await self._lost.wait()
+            self._is_linked.clear()
+            self._arrivals.say("* link to the other servers lost")
+            self._run_soon(self._nats.close())  # which may never end
+            others = [self._node._replace(address=other.netloc) for other in self._nats.discovered_servers]
+            self._nodes = [*self._urls, *others]
+            while True:
+                try:
+                    await self._connect()
+                    break
+                except Unusable as problem:
+                    self._tell(str(problem))
+                    await asyncio.sleep(LINK_PAUSE_SECONDS)
+            self._number += 1
+            self._problem = ""
+            self._arrivals.say("* link restored")
+            await asyncio.sleep(LINK_PAUSE_SECONDS)  # the other servers may have been cut off, too
+            self._is_linked.set()
 
     async def _send(self, lines: bytes) -> None:
-        """Publish lines; return when NATS has confirmed that. Is cancelled when the link is lost."""
-        import asyncio
-
-        if self._patience:
-            raise ConnectionError
-        self._sending = asyncio.current_task()
-        await self._nats.publish(self._subject(), lines)
-        await self._nats.flush(3600)  # longer than any connection that does not answer: the library bears no late one
-
-    def _subject(self) -> str:
-        return f"mychat.{self._options.room}.{self._options.server_name}.{self._id}.{self._connections}.said"
+        """Publish lines; return when NATS has confirmed that. Raises exceptions of any kind."""
+        nats, lost = self._nats, self._lost
+        await nats.publish(f"mychat.{self._room_name}.{self._server_name}.{self._id}.{self._number}.said", lines)
+        try:
+            await nats.flush(LINK_SIGN_SECONDS)
+        except Exception:
+            lost.set()
+            raise
 
     async def _hear(self, message: Any) -> None:
         """Have our people told what a message says, unless it is a stranger's or late."""
@@ -2247,7 +2243,7 @@ class Link(Writer):
         if len(self._heard) >= SERVERS_REMEMBERED:
             self._heard.clear()
         self._heard[name, found[2]] = time.monotonic(), number
-        if name == self._options.server_name and not self._has_namesake:
+        if name == self._server_name and not self._has_namesake:
             self._has_namesake = True
             self._console.say(f"Another server is called {name}, too: give one of them another --server-name.")
         if lines := validated(message.data, name):
@@ -2255,72 +2251,65 @@ class Link(Writer):
         time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
 
     def _tell(self, problem: str) -> None:
-        if problem not in self._problems:
-            self._problems.add(problem)
+        if problem != self._problem:
+            self._problem = problem
             self._errors.say(problem)
+
+
+@contextlib.contextmanager
+def usable(path: str | None, advice: str) -> Iterator[None]:
+    """Raise Unusable when an OSError tells that a file cannot be used."""
+    try:
+        yield
+    except OSError as error:
+        raise Unusable(f"Cannot use {path}: {error.strerror}; {advice}.") from None
 
 
 def tls_to_nats(certificates: str | None) -> ssl.SSLContext:
     """Return a context that trusts certificates in a file, or the system's; raise Unusable when there are none."""
     import ssl
 
-    try:
+    with usable(certificates, "give --nats-ca certificates in PEM"):
         context = ssl.create_default_context(cafile=certificates)
-    except OSError as error:
-        raise Unusable(f"Cannot use {certificates}: {error.strerror}; give --nats-ca certificates in PEM.") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Any certificate that one is given, as on Python 3.13; and one that openssl has made, as on those before.
-    context.verify_flags = (context.verify_flags | X509_V_FLAG_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # or Python 3.13 would not have what openssl makes by itself
     return context
 
 
-def credentials(path: str) -> Any:
-    """Return what is in a file of a user's credentials; raise Unusable when that is none, ImportError without nkeys."""
-    import importlib
-
-    nkeys = importlib.import_module("nkeys")
-    try:
-        with open(path, errors="replace") as file:
-            text = file.read()
-        nkeys.from_seed(bytearray(CREDENTIALS.findall(text)[0].encode()))
-    except Exception as error:  # of any kind: the library tells of a wrong key by several
-        reason = getattr(error, "strerror", None) or "it has no JWT and key of a user"
-        raise Unusable(f"Cannot use {path}: {reason}; give --nats-creds a user's credentials.") from None
-    return importlib.import_module("nats.aio.client").RawCredentials(text)
+def credentials(path: str) -> str:
+    """Return a file of a user's credentials; raise Unusable if it has none: the library would search on for ever."""
+    advice = "give --nats-creds a user's credentials"
+    with usable(path, advice), open(path, errors="replace") as file:
+        text = file.read()
+    if not CREDENTIALS.search(text):
+        raise Unusable(f"Cannot use {path}: it has no JWT and key of a user; {advice}.")
+    return text
 
 
-def linking_problem(error: Exception, nats: Any) -> str:
-    """Return one sentence that says why there is no link by a client of the library, and what to do."""
-    node = nats.connected_url or nats.servers[-1]  # the last is being tried
+def linking_problem(error: Exception, node: Node) -> str:
+    """Return one sentence that says why there is no link by ``node``, and what to do."""
     words = getattr(error, "verify_message", "") or str(error)[:200]
     words = clean(words.encode("utf-8", "replace")).decode().replace("\n", " ").replace("nats: ", "")
     kinds = " ".join(kind.__name__ for kind in type(error).__mro__)
     sentence = next(sentence for what, sentence in LINK_PROBLEMS.items() if re.search(what, f"{kinds}: {words}"))
-    return sentence.format(host=node.hostname, nats=f"NATS at {node.hostname} port {node.port}", words=words)
+    host, _, port = node.address.rpartition(":")
+    return sentence.format(host=host, nats=f"NATS at {host} port {port}", words=words)
 
 
-def nats_addresses(text: str) -> list[SplitResult]:
-    """Return the addresses in a list of URLs, with ports; raise what argparse turns into a discreet usage error."""
-    from urllib.parse import urlsplit
+def nats_urls(text: str) -> list[Node]:
+    """Return what is in a list of URLs; raise what argparse turns into a usage error, which tells no secret."""
+    from urllib.parse import unquote
 
-    try:
-        addresses = [urlsplit(url) for url in text.split(",")]
-        if all(
-            address.scheme in ("nats", "tls")
-            and address.hostname
-            and address.port != 0
-            and address.path + address.query + address.fragment in ("", "/")
-            for address in addresses
-        ):
-            return [
-                address if address.port else address._replace(netloc=f"{address.netloc.rstrip(':')}:{NATS_PORT}")
-                for address in addresses
-            ]
-    except ValueError:  # no number for a port, half an IPv6 address
-        pass
-    raise argparse.ArgumentTypeError(
-        "not a URL like nats://HOST:PORT or tls://HOST:PORT, with USER:PASSWORD@ or TOKEN@ before HOST if need be"
-    )
+    nodes: list[Node] = []
+    for url in text.split(","):
+        found = NATS_URL.fullmatch(url)
+        if not found:
+            raise argparse.ArgumentTypeError(
+                "not a URL like nats://HOST:PORT or tls://HOST:PORT, with USER:PASSWORD@ or TOKEN@ before HOST"
+            )
+        scheme, user, password, host, port = found.groups()
+        nodes.append(Node(scheme, user and unquote(user), password and unquote(password), f"{host}:{port or 4222}"))
+    return nodes
 
 
 def word(text: str) -> str:
@@ -2342,28 +2331,12 @@ class DiscreetParser(argparse.ArgumentParser):
 def add_link_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the link to those of the command line."""
     add = parser.add_argument
-    add("--nats", type=nats_addresses, metavar="URL[,URL...]", help="share a room (default: MYCHAT_NATS, or do not)")
+    url = os.environ.get("MYCHAT_NATS") or None
+    add("--nats", type=nats_urls, default=url, metavar="URL[,URL...]", help="share a room (default: MYCHAT_NATS)")
     add("--room", type=word, metavar="NAME", help="the room to share (default: main)")
     add("--server-name", type=word, metavar="NAME", help="what other servers call this one (default: the host's)")
     add("--nats-ca", metavar="PEM", help="who may certify NATS (default: whom the system trusts)")
     add("--nats-creds", metavar="FILE", help="who we are: a NATS user's JWT and key (default: as the URL says)")
-
-
-def resolve_link_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Fill in what was not given; end with a usage line when that is not possible."""
-    in_environment = os.environ.get("MYCHAT_NATS")
-    if options.nats is None and in_environment:
-        try:
-            options.nats = nats_addresses(in_environment)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"MYCHAT_NATS: {error}")
-    elif options.nats and any(address.username for address in options.nats):
-        warn("What is secret in --nats can be seen by all on this machine: give the URL in MYCHAT_NATS instead.")
-    if not options.nats and (options.room or options.server_name or options.nats_ca or options.nats_creds):
-        parser.error("--room, --server-name, --nats-ca and --nats-creds say more of --nats, which is missing")
-    own_name = re.sub("[^0-9A-Za-z_-]", "-", socket.gethostname().partition(".")[0])[:SERVER_NAME_CHARACTERS]
-    options.server_name = options.server_name or own_name or "server"
-    options.room = options.room or "main"
 
 
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
@@ -2371,6 +2344,7 @@ def resolve_link_options(parser: argparse.ArgumentParser, options: argparse.Name
 EVERY_IPV4, EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - to listen on only if asked for
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
+NEEDED_OPTIONS = {"tls_key": "tls_cert", "room": "nats", "server_name": "nats", "nats_ca": "nats", "nats_creds": "nats"}
 WRITER_SECONDS = 0.4  # in which the last lines must be shown and logged when the server stops
 LISTENING_PROBLEMS = {
     errno.EADDRINUSE: "Port {port} is taken: a server may be running there already; choose another with --port.",
@@ -2613,9 +2587,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"mychatserver {__version__}")
     add_link_options(parser)
     options = parser.parse_args(argv)
-    resolve_link_options(parser, options)
-    if options.tls_key is not None and options.tls_cert is None:
-        parser.error("--tls-key is the key of a certificate: give --tls-cert too")
+    for name, wanted in NEEDED_OPTIONS.items():
+        if getattr(options, name) is not None and getattr(options, wanted) is None:
+            parser.error(f"--{name} says more of --{wanted}, which is missing".replace("_", "-"))
     if options.lan:
         options.host = EVERY_ADDRESS if socket.has_dualstack_ipv6() else EVERY_IPV4
     if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
