@@ -105,6 +105,9 @@ class Pages(TestCase):
             for part in name.split("."):
                 objects = [getattr(one, part) for one in objects if hasattr(one, part)]
             self.assertTrue(objects, name)
+        (pattern,) = re.findall("unittest -k ([a-z_]+)", section("Read it in class"))
+        tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+        self.assertRegex(tests, rf"def test_\w*{pattern}")
 
     def test_every_link_leads_somewhere(self) -> None:
         for page, text in PAGES.items():
