@@ -31,7 +31,6 @@ import contextlib
 import errno
 import functools
 import getpass
-import importlib
 import io
 import ipaddress
 import itertools
@@ -184,16 +183,21 @@ def coloured(colour: str, text: str) -> str:
 
 
 class Screen:
-    """A plain screen, which is only added to; it owns standard output, and what is typed."""
+    """A plain screen, which is only added to; it owns standard output, and the terminal that one types in."""
 
     def __init__(self, style: Style) -> None:
+        self.style = style
         self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written
         self.problem = ""  # why nothing can be, as on a full disk
-        self.style = style
+        self.is_busy = False  # the main thread may neither draw nor be interrupted: set by it alone
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
         # One message at a time; but a handler of signals may have to say something in the middle of one.
         self._lock = threading.RLock()
+        self._as_it_was = None
+        if sys.platform != "win32" and os.isatty(0):
+            wait_for_foreground()
+            self._as_it_was = termios.tcgetattr(0)
 
     # Runs in the receive thread
 
@@ -227,23 +231,23 @@ class Screen:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
+        if sys.platform != "win32" and self._as_it_was and not is_in_background():
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(0, termios.TCSANOW, self._as_it_was)
 
     # Runs in the main thread, in the handler of signals
 
     def draw(self) -> None:
         """Show what another thread wants shown, if only the main thread can."""
 
-    def is_busy(self) -> bool:
-        """Return whether the handler may neither draw nor raise now."""
-        return False
+    def end_line(self, ctrl_c: bool) -> None:
+        """Get the main thread out of whatever it waits in, ``line`` above all: raise Interrupted, with signals blocked.
 
-    def leave_line(self, ctrl_c: bool) -> None:
-        """Begin a new row below what is half-typed, as far as that is known: after ``ctrl_c`` the row has a ^C."""
+        Begins a new row below what is half-typed, as far as that is known: after ``ctrl_c`` the row has a ^C.
+        """
         if ctrl_c and os.isatty(1):
             self.say("")
-
-    def end_line(self) -> None:
-        """Raise Interrupted out of whatever the main thread waits in, ``line`` above all."""
+        block_signals()
         raise Interrupted
 
     # Runs in any thread
@@ -262,109 +266,7 @@ class Screen:
                     self.problem = error.strerror or str(error)
 
 
-EDITORS: list[Callable[[Style], Screen]] = []  # the best first; raises UNUSABLE where there is none
-UNUSABLE = ImportError, AttributeError, OSError, ValueError
-
 if sys.platform != "win32":
-
-    class GnuReadline:
-        """What a LineEditor asks of GNU readline, which tells all: what is typed, and in which rows it is drawn."""
-
-        COMPLETE_BY_TAB = "tab: complete"
-        STATE_COMPLETING = 0x4000  # readline.h
-        STATE_CALLBACK = 0x80000  # a line is being edited
-        STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
-        leaves_row_of_empty_line = False  # without a prompt, that is
-        leaves_row_of_ctrl_d = True
-
-        def __init__(self) -> None:
-            import ctypes
-
-            self.module = readline_module(is_libedit=False)
-            self.library = c_library(self.module)
-            integer = ctypes.c_int.in_dll
-            self._end, self._point = integer(self.library, "rl_end"), integer(self.library, "rl_point")
-            self._state = ctypes.c_ulong.in_dll(self.library, "rl_readline_state")
-            self._stream = ctypes.c_void_p.in_dll(self.library, "rl_outstream")
-            for function in ("rl_clear_visible_line", "rl_on_new_line", "rl_redisplay"):
-                getattr(self.library, function)  # raises AttributeError where one is missing
-
-        def begin(self, unsent: str) -> None:
-            self.module.set_startup_hook(functools.partial(self.module.insert_text, unsent) if unsent else None)
-
-        def is_completing(self) -> bool:
-            return bool(self._state.value & self.STATE_COMPLETING)
-
-        def is_half_typed(self, is_editing: bool) -> bool:
-            """Return whether there is something of a line; readline's own state tells whether that one is edited."""
-            state = self._state.value
-            return bool(state & self.STATE_CALLBACK and (self._end.value or state & self.STATES_PENDING))
-
-        def clear_line(self) -> bytes:
-            """Take the line off the screen; return what is to be written first."""
-            self.library.rl_clear_visible_line()
-            self._flush()
-            return b""
-
-        def draw_line(self) -> None:
-            self.library.rl_on_new_line()
-            self.library.rl_redisplay()
-
-        def go_to_end_of_line(self) -> None:
-            self._point.value = self._end.value
-            self.library.rl_redisplay()
-            self._flush()
-
-        def _flush(self) -> None:
-            """Empty C's buffer, which readline writes to: what we write passes it by, and would come first."""
-            self.library.fflush(self._stream)
-
-    class Libedit:
-        """The same of libedit, as on macOS, which tells little: right for lines that fit a row.
-
-        So a line counts as half-typed all the time that it is edited: the cursor's row is cleared, and the line drawn
-        again, if there is one. (What libedit draws again lacks combining marks; what is sent has them.)
-        """
-
-        COMPLETE_BY_TAB = "bind ^I rl_complete"
-        leaves_row_of_empty_line = True
-        leaves_row_of_ctrl_d = False
-
-        def __init__(self) -> None:
-            self.module = readline_module(is_libedit=True)
-            self.library = c_library(self.module)
-
-        def begin(self, unsent: str) -> None:
-            """Begin with nothing: libedit never calls the hook that could insert."""
-
-        def is_completing(self) -> bool:
-            return False
-
-        def is_half_typed(self, is_editing: bool) -> bool:
-            return is_editing
-
-        def clear_line(self) -> bytes:
-            return b"\r\x1b[K"
-
-        def draw_line(self) -> None:
-            self.library.rl_forced_update_display()
-
-        def go_to_end_of_line(self) -> None:
-            """Leave the cursor where it is: there is no telling."""
-
-    def readline_module(is_libedit: bool) -> Any:
-        """Return Python's module readline if it is made with that library; raise ImportError if not."""
-        module = importlib.import_module("readline")
-        if ("libedit" in (module.__doc__ or "")) != is_libedit:
-            raise ImportError
-        return module
-
-    def c_library(module: Any) -> Any:
-        """Return the library that a module uses, found as the linker found it: in the program, else through it."""
-        import ctypes
-
-        library = ctypes.CDLL(None)
-        return library if hasattr(library, "rl_redisplay") else ctypes.CDLL(module.__file__)
 
     def is_in_background() -> bool:
         """Return whether somebody else has the terminal, as long as it is this process's own."""
@@ -377,59 +279,57 @@ if sys.platform != "win32":
         if is_in_background():
             os.killpg(0, signal.SIGTTIN)
 
-    def set_terminal(settings: list[Any]) -> bool:
-        """Change the terminal's settings, if this process may; return whether that is so."""
-        if is_in_background():
-            return False
-        with contextlib.suppress(termios.error):  # it is gone
-            termios.tcsetattr(0, termios.TCSANOW, settings)
-        return True
-
-    class LineEditor(Screen):
-        """A terminal with a line editor, on which what comes is shown above the half-typed line, and never in it.
+    class GnuReadline(Screen):
+        """A terminal with GNU readline, on which what comes is shown above the half-typed line, and never in it.
 
         Only the main thread draws. The receive thread leaves a block and sends the main thread a signal, for which
         ``draw`` is called. While a person types, the main thread waits in select() inside of ``input``; a signal
         interrupts that, and CPython calls its handler there, between two keystrokes, when the editor's state is whole.
-        So ``draw`` may have the editor take its line off the screen, write, and have it draw the line again. While a
+        So ``draw`` may have readline take its line off the screen, write, and have it draw the line again. While a
         send blocks, the signal interrupts the send; at any other time ``draw`` is called between two steps of the
         main thread's own.
         """
 
-        def __init__(self, style: Style, editor: GnuReadline | Libedit) -> None:
+        is_libedit = False
+        needs = "rl_clear_visible_line"  # which a library that is too old lacks
+        STATE_CALLBACK = 0x80000  # readline.h: a line is being edited
+        STATES_PENDING = 0x80 | 0x100 | 0x400  # incremental and other search, repeat count
+
+        def __init__(self, style: Style) -> None:
+            import ctypes
+            import readline
+
             super().__init__(style)
-            self._editor = editor
+            # The library that this module uses, found as the linker found it: in the program, else through the module.
+            library = ctypes.CDLL(None)
+            if not hasattr(library, "rl_redisplay"):
+                library = ctypes.CDLL(readline.__file__)
+            if ("libedit" in (readline.__doc__ or "")) != self.is_libedit or not hasattr(library, self.needs):
+                raise ImportError
+            self._readline, self._library = readline, library
             self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
             self._shown = threading.Event()
-            self._drawing = False  # the main thread is in the middle of writing
-            self._editing = False  # it waits for a line
-            self._completing = False  # it looks for what begins like a word
             for setting in (
                 "set enable-bracketed-paste off",
                 # What completes is listed at once: for a question, readline would wait where no signal ends its wait.
                 "set completion-query-items 0",
                 "set page-completions off",
                 "set completion-ignore-case on",
-                editor.COMPLETE_BY_TAB,
+                "bind ^I rl_complete" if self.is_libedit else "tab: complete",
             ):
-                editor.module.parse_and_bind(setting)
-            editor.module.set_completer(self._complete)
-            editor.module.set_completer_delims(" \t")
-            wait_for_foreground()  # in the background the terminal is as the shell's own editor has it
-            self._as_it_was = termios.tcgetattr(0)
+                readline.parse_and_bind(setting)
+            readline.set_completer(self._complete)
+            readline.set_completer_delims(" \t")
             # Once, now, and no more: between two lines, where the editor would reset the terminal, the kernel would
             # echo what is typed or pasted, and the editor show it again.
-            editor.library.rl_prep_terminal(1)
+            library.rl_prep_terminal(1)
             self._prepared = termios.tcgetattr(0)
             # Ctrl-C must not take away what the editor has seen to be there: it would wait for it, deaf to signals.
             self._prepared[3] |= termios.NOFLSH
-            set_terminal(self._prepared)
-            import ctypes
-
+            termios.tcsetattr(0, termios.TCSANOW, self._prepared)
             for name in ("rl_prep_term_function", "rl_deprep_term_function"):
-                ctypes.c_void_p.in_dll(editor.library, name).value = None
-            handle((signal.SIGTSTP,), self._suspend)
-            handle((signal.SIGCONT,), self._resume)
+                ctypes.c_void_p.in_dll(library, name).value = None
+            handle((signal.SIGTSTP, signal.SIGCONT), self._on_job_control)
 
         # Runs in the receive thread
 
@@ -444,104 +344,122 @@ if sys.platform != "win32":
         # Runs in the main thread
 
         def line(self, unsent: str) -> str:
-            self._editor.begin(unsent)
+            self._readline.set_startup_hook(functools.partial(self._readline.insert_text, unsent))
             signal.siginterrupt(signal.SIGURG, False)  # or it would cut off the editor's writing to a slow terminal
-            self._editing = True
             try:
                 text = input()
-            except EOFError:
-                if not self._editor.leaves_row_of_ctrl_d:
-                    self.say("")
-                raise
             finally:
-                self._editing = False
                 signal.siginterrupt(signal.SIGURG, True)
-            if not text and not self._editor.leaves_row_of_empty_line:
-                self.say("")
+            if not (text or self.is_libedit):
+                self.say("")  # without a prompt readline swallows the newline of an empty line
             return text
 
-        def close(self) -> None:
-            set_terminal(self._as_it_was)
-
         def _complete(self, begun: str, number: int) -> str | None:
-            self._completing = True
-            try:
-                return self._completion(begun, number)
-            finally:
-                self._completing = False
-
-        def _completion(self, begun: str, number: int) -> str | None:
-            """Return the label of that number, of those seen that begin so; if there is none, Tab is a character.
+            """Return the label of that number, of those that begin so. If there is none, Tab is a character.
 
             So it is, too, when more input is there already: then it was pasted.
             """
-            if number == 0:
-                is_pasted = bool(select.select([0], [], [], 0)[0])
-                self._matches = self.style.beginning(begun) if begun and not is_pasted else []
-                if not self._matches:
-                    self._editor.module.insert_text("\t")
-                    self._editor.library.rl_redisplay()
-            return self._matches[number] if number < len(self._matches) else None
+            self.is_busy = True  # the editor would swallow what is raised here
+            try:
+                if number == 0:
+                    is_pasted = bool(select.select([0], [], [], 0)[0])
+                    self._matches = [] if is_pasted else self.style.beginning(begun)
+                    if not self._matches:
+                        self._readline.insert_text("\t")
+                        self._library.rl_redisplay()
+                return self._matches[number] if number < len(self._matches) else None
+            finally:
+                self.is_busy = False
 
         def _write(self, data: bytes) -> None:
-            was_drawing, self._drawing = self._drawing, True
-            try:
-                super()._write(data)
-            finally:
-                self._drawing = was_drawing
+            was_busy, self.is_busy = self.is_busy, True
+            super()._write(data)
+            self.is_busy = was_busy
 
         # Runs in the main thread, in a handler of signals
 
         def draw(self) -> None:
             """Show the block that the receive thread has left, if any."""
-            if self._drawing or not self._block:
-                return
-            half_typed = self._editor.is_half_typed(self._editing)
-            before = self._editor.clear_line() if half_typed else b""
-            self._write(before + self.style.rows(self._block))
-            if half_typed:
-                self._editor.draw_line()
-            self._block = b""
-            self._shown.set()
+            if self._block:
+                half_typed = self._is_half_typed()
+                before = self._clear_line() if half_typed else b""
+                self._write(before + self.style.rows(self._block))
+                if half_typed:
+                    self._library.rl_forced_update_display()
+                self._block = b""
+                self._shown.set()
 
-        def is_busy(self) -> bool:
-            """Return whether a completion is looked for: what is raised there would be swallowed."""
-            return self._completing or self._editor.is_completing()
-
-        def leave_line(self, ctrl_c: bool) -> None:
-            if self._editor.is_half_typed(self._editing):
-                self._editor.go_to_end_of_line()
+        def end_line(self, ctrl_c: bool) -> None:
+            if self._is_half_typed():
+                self._go_to_end_of_line()
                 self.say("")
+            super().end_line(False)
 
-        def _suspend(self, number: int, _: object) -> None:
-            """Give the terminal to the shell and stop, as Ctrl-Z asks; go on where it was when continued."""
-            was_drawing, self._drawing = self._drawing, True  # what comes waits, or it is drawn before the line is back
-            try:
-                if self._editor.is_half_typed(self._editing):
-                    self._write(self._editor.clear_line())
+        def _on_job_control(self, number: int, _: object) -> None:
+            """Give the terminal to the shell, and stop, as Ctrl-Z asks; make it ours again when we are continued."""
+            was_busy, self.is_busy = self.is_busy, True  # what comes waits until the line is back
+            if number == signal.SIGTSTP:
+                if self._is_half_typed():
+                    self._write(self._clear_line())
                 self.close()
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)  # in a group without a shell this does nothing
-                signal.signal(number, self._suspend)
-                self._resume()
-            finally:
-                self._drawing = was_drawing
-
-        def _resume(self, *_: object) -> None:
-            """Make the terminal ours again, and draw the line, if somebody else has had it."""
+                signal.raise_signal(signal.SIGTTIN)  # which has no handler; in a group without a shell it does nothing
             wait_for_foreground()  # else the editor would read what the shell types, and stop where it reads
             with contextlib.suppress(termios.error):  # it is gone
-                if (
-                    termios.tcgetattr(0) != self._prepared
-                    and set_terminal(self._prepared)
-                    and self._editor.is_half_typed(self._editing)
-                ):
-                    self._editor.draw_line()
+                if termios.tcgetattr(0) != self._prepared:
+                    termios.tcsetattr(0, termios.TCSANOW, self._prepared)
+                    if self._is_half_typed():
+                        self._library.rl_forced_update_display()
+            self.is_busy = was_busy
 
-    EDITORS += [
-        lambda style: LineEditor(style, GnuReadline()),
-        lambda style: LineEditor(style, Libedit()),
-    ]
+        def _is_half_typed(self) -> bool:
+            """Return whether there is something of a line on the screen."""
+            import ctypes
+
+            state = ctypes.c_ulong.in_dll(self._library, "rl_readline_state").value
+            return bool(
+                state & self.STATE_CALLBACK and (self._readline.get_line_buffer() or state & self.STATES_PENDING)
+            )
+
+        def _clear_line(self) -> bytes:
+            """Take the line off the screen; return what is to be written first."""
+            self._library.rl_clear_visible_line()
+            self._library.fflush(None)  # what we write passes by C's buffer, and would come first
+            return b""
+
+        def _go_to_end_of_line(self) -> None:
+            self._library.rl_end_of_line(1, 0)
+            self._library.rl_redisplay()
+            self._library.fflush(None)
+
+    class Libedit(GnuReadline):
+        """The same with libedit, as on macOS, which tells little: right for lines that fit a row.
+
+        So a line counts as half-typed all the time that it is edited: the cursor's row is cleared, and the line drawn
+        again, if there is one. (What libedit draws again lacks combining marks; what is sent has them.)
+        """
+
+        is_libedit = True
+        needs = "rl_forced_update_display"
+        _is_editing = False
+
+        def line(self, unsent: str) -> str:
+            self._is_editing = True
+            try:
+                return super().line(unsent)
+            except EOFError:
+                self.say("")
+                raise
+            finally:
+                self._is_editing = False
+
+        def _is_half_typed(self) -> bool:
+            return self._is_editing
+
+        def _clear_line(self) -> bytes:
+            return b"\r\x1b[K"
+
+        def _go_to_end_of_line(self) -> None:
+            """Leave the cursor where it is: there is no telling."""
 
 
 class PromptToolkitEditor(Screen):
@@ -574,12 +492,10 @@ class PromptToolkitEditor(Screen):
         self._is_editing = False  # the loop draws, or soon will
         self._rows = b""  # to be shown; of one block, so that a stopped terminal stops the reading
         if sys.platform != "win32":
-            wait_for_foreground()
-            self._as_it_was = termios.tcgetattr(0)
             self._between_lines = termios.tcgetattr(0)  # what is typed or pasted then is left for the editor
             self._between_lines[0] &= ~termios.ICRNL
             self._between_lines[3] &= ~(termios.ECHO | termios.ICANON)
-            set_terminal(self._between_lines)
+            termios.tcsetattr(0, termios.TCSANOW, self._between_lines)
 
     # Runs in the receive thread
 
@@ -603,7 +519,9 @@ class PromptToolkitEditor(Screen):
 
     def line(self, unsent: str) -> str:
         if sys.platform != "win32":
-            set_terminal(self._between_lines)  # again: after Ctrl-Z the shell may have changed that
+            termios.tcsetattr(
+                0, termios.TCSANOW, self._between_lines
+            )  # again: after Ctrl-Z the shell may have changed that
         with self._changed:
             self._is_editing = True
         try:
@@ -615,17 +533,11 @@ class PromptToolkitEditor(Screen):
             if self._is_over:
                 raise Interrupted
 
-    def close(self) -> None:
-        if sys.platform != "win32":
-            set_terminal(self._as_it_was)
-
-    def leave_line(self, ctrl_c: bool) -> None:
-        """Do nothing: prompt_toolkit begins a new row."""
-
-    def end_line(self) -> None:
+    def end_line(self, ctrl_c: bool) -> None:
+        """Have the loop end the line, if it is entered now: what is raised in the loop would be swallowed."""
         if not self._is_editing:
-            raise Interrupted
-        self._is_over = True  # what is raised in the loop would be swallowed
+            super().end_line(ctrl_c)
+        self._is_over = True
         self._have_loop_catch_up()
 
     # Runs in the loop, or where there is none
@@ -664,7 +576,10 @@ class PromptToolkitEditor(Screen):
                 self._app.loop.call_soon_threadsafe(self._catch_up)
 
 
-EDITORS.insert(1, PromptToolkitEditor)  # better than libedit, and all that there is on Windows
+EDITORS: list[Callable[[Style], Screen]] = [PromptToolkitEditor]  # the best first; raises UNUSABLE where there is none
+if sys.platform != "win32":
+    EDITORS = [GnuReadline, PromptToolkitEditor, Libedit]
+UNUSABLE = ImportError, AttributeError, OSError, ValueError
 
 
 def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
@@ -972,7 +887,7 @@ def piped() -> Iterator[tuple[bytes, bool]]:
 # --- The conversation: one thread shows what comes, the main thread sends what is entered -----------------------------
 
 # By name, as Windows has not all of them. A handler that raises must not be called again until that is caught.
-WAKING = {number for number in signal.Signals if number.name in ("SIGURG", "SIGALRM")}  # nobody else sends us these
+WAKING = {number for number in signal.Signals if number.name == "SIGURG"}  # which nobody else sends us
 ENDING = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
 HANDLED = WAKING | ENDING | {number for number in signal.Signals if number.name in ("SIGTSTP", "SIGCONT")}
 LEAVE_SECONDS = 1.0  # for the server to close after exit, since what was sent has last moved on its way
@@ -1043,7 +958,6 @@ class Conversation:
         # Set by the main thread, where the handler of signals runs, too.
         self._is_leaving = False  # the server's end-of-file is no surprise
         self._is_interruptible = False  # it waits for input, or for the server to close
-        self._in_handler = False
         self._ended_by = 0  # this signal
 
     # Runs in the main thread
@@ -1139,23 +1053,16 @@ class Conversation:
         if sys.platform != "win32" and number != signal.SIGURG:
             signal.raise_signal(signal.SIGURG)
             return
-        if self._in_handler:  # which sees what was noted
+        if self._screen.is_busy:  # the receive thread tries again
             return
-        if self._screen.is_busy():
-            if self._ended_by and sys.platform != "win32":
-                signal.setitimer(signal.ITIMER_REAL, INTERRUPT_SECONDS)  # SIGALRM, to try again
-            return
-        self._in_handler = True
-        self._screen.draw()
-        ends = self._is_interruptible and bool(self._ended_by or self._is_over)
-        if ends:
-            self._is_interruptible = False
-            self._screen.leave_line(self._ended_by == signal.SIGINT)
-        block_signals()
-        self._in_handler = False
-        if ends:
-            self._screen.end_line()
-        block_signals(())
+        self._screen.is_busy = True
+        try:
+            self._screen.draw()
+            if self._is_interruptible and (self._ended_by or self._is_over):
+                self._is_interruptible = False
+                self._screen.end_line(self._ended_by == signal.SIGINT)
+        finally:
+            self._screen.is_busy = False
 
     def _farewell(self, is_stuck: bool = False) -> int:
         """Say how the conversation ended; return the exit status. Also runs in the receive thread, on Windows."""
