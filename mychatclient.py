@@ -1687,12 +1687,26 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def host_and_port(text: str) -> tuple[str | None, int | None]:
+    """Return what HOST, PORT, HOST:PORT or [IPV6]:PORT names; raise what argparse turns into a usage error."""
+    found = re.fullmatch(r"(?:(\[.+\]|[^:]+):)?([0-9]+)", text)
+    host, port = (found[1], port_number(found[2])) if found else (text, None)
+    return host and host.removeprefix("[").removesuffix("]"), port
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
-    parser = argparse.ArgumentParser(prog="mychatclient", description="A chat client.", allow_abbrev=False)
+    usage = "%(prog)s [HOST] [PORT] [OPTION]...; --help lists the options"
+    parser = argparse.ArgumentParser("mychatclient", usage, "A chat client.", allow_abbrev=False)
     add = parser.add_argument
-    add("host", nargs="?", help=f"whom to join (default: {DEFAULT_HOST})")
-    add("port", nargs="?", type=port_number, help=f"its port (default: {DEFAULT_PORT})")
+    add(
+        "host", nargs="?", type=host_and_port, default=(None, None), help=f"the server's host (default: {DEFAULT_HOST})"
+    )
+    port = parser.add_mutually_exclusive_group()
+    port.add_argument(
+        "port", nargs="?", type=port_number, help=f"its port, alone or after the host (default: {DEFAULT_PORT})"
+    )
+    port.add_argument("--port", type=port_number, dest="port_option", metavar="PORT", help="the same")
     add("--tls", action="store_true", help="encrypt, and check whose the server is (default: do not)")
     add("--tls-ca", metavar="PEM", help="the same, trusting this certificate (default: the system's authorities)")
     add("--lan", action="store_true", help="find the server on this network (default: do not)")
@@ -1708,11 +1722,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plain", action="store_true", help="only add to the screen, for screen readers (default: off)")
     add("--version", action="version", version=f"mychatclient {__version__}")
     options = parser.parse_args(argv)
+    options.host, port_of_host = options.host
+    options.port = options.port or options.port_option or port_of_host
     if options.reconnect and not (os.isatty(0) and os.isatty(1)):
         parser.error("--reconnect is for a terminal: what comes through a pipe meanwhile would be lost")
     if options.reconnect and options.ssh is not None:
         parser.error("--reconnect does not go with --ssh, which may have to ask again: leave one of them out")
-    if options.lan and (options.host is not None or options.ssh is not None):
+    if options.lan and any(given is not None for given in (options.host, options.port, options.ssh)):
         parser.error("--lan finds host and port by itself: leave out what else tells whom to join")
     options.tls = options.tls or options.tls_ca is not None
     if options.tls and options.ssh is not None:
@@ -1721,10 +1737,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{options.ssh!r} is no machine for ssh: [USER@]MACHINE")
     options.host = DEFAULT_HOST if options.host is None else options.host
     options.port = DEFAULT_PORT if options.port is None else options.port
-    if options.host.isdigit():
-        parser.error(f"{options.host} is no host; the port comes behind it: {DEFAULT_HOST} {options.host}")
-    if options.host.startswith("[") and options.host.endswith("]"):
-        options.host = options.host[1:-1]
     return options
 
 

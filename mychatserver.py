@@ -2556,13 +2556,14 @@ def number(least: int, most: int) -> Callable[[str], int]:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     count = number(1, 1_000_000)
-    parser = DiscreetParser(prog="mychatserver", description="A chat server.", allow_abbrev=False)
+    usage = "%(prog)s [PORT] [OPTION]...; --help lists the options"
+    parser = DiscreetParser("mychatserver", usage, "A chat server.", allow_abbrev=False)
     address = parser.add_mutually_exclusive_group()
     address.add_argument("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
     address.add_argument("--lan", action="store_true", help="listen on all addresses and be found (default: off)")
-    parser.add_argument(
-        "--port", type=number(0, 65_535), default=DEFAULT_PORT, help="0: a free one (default: %(default)s)"
-    )
+    port, a_port = parser.add_mutually_exclusive_group(), number(0, 65_535)
+    port.add_argument("port", nargs="?", type=a_port, help=f"to listen on; 0: a free one (default: {DEFAULT_PORT})")
+    port.add_argument("--port", type=a_port, default=DEFAULT_PORT, dest="port_option", metavar="PORT", help="the same")
     parser.add_argument("--max-clients", type=count, metavar="N", help="so many at once (default: no limit)")
     parser.add_argument("--max-per-host", type=count, metavar="N", help="so many from one host (default: no limit)")
     parser.add_argument(
@@ -2587,6 +2588,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"mychatserver {__version__}")
     add_link_options(parser)
     options = parser.parse_args(argv)
+    options.port = options.port_option if options.port is None else options.port
     for name, wanted in NEEDED_OPTIONS.items():
         if getattr(options, name) is not None and getattr(options, wanted) is None:
             parser.error(f"--{name} says more of --{wanted}, which is missing".replace("_", "-"))

@@ -699,8 +699,7 @@ class Connecting(TestCase):
             self.assertEqual(program.wait(), status)
             self.assertEqual(program.output, b"")
             self.assertIn(sentence, program.errors())
-            if status == 1:
-                self.assertEqual(program.errors().count("\n"), 1)
+            self.assertEqual(program.errors().count("\n"), status)  # usage comes before what is wrong with arguments
 
     def test_no_server_there(self) -> None:
         port = free_port()
@@ -742,11 +741,31 @@ class Connecting(TestCase):
             ((LOOPBACK, "abc"), "'abc' is not a port: a number from 1 to 65535"),
             ((LOOPBACK, "0"), "'0' is not a port"),
             ((LOOPBACK, "65536"), "'65536' is not a port"),
-            (("12001",), "12001 is no host; the port comes behind it: 127.0.0.1 12001"),
+            (("0",), "'0' is not a port"),
+            (("localhost:65536",), "'65536' is not a port"),
+            ((LOOPBACK, "12001", "--port", "12002"), "argument --port: not allowed with argument port"),
             (("--versio",), "unrecognized arguments: --versio"),
         ):
             with self.subTest(arguments=arguments):
                 self.fails(*arguments, status=2, sentence=sentence)
+
+    def test_a_port_may_stand_alone_after_the_host_or_behind_an_option(self) -> None:
+        for arguments, host, port in (
+            ((), LOOPBACK, 12000),
+            (("12001",), LOOPBACK, 12001),
+            (("--port", "12001"), LOOPBACK, 12001),
+            (("localhost",), "localhost", 12000),
+            (("localhost", "12001"), "localhost", 12001),
+            (("localhost:12001",), "localhost", 12001),
+            (("localhost", "--port", "12001"), "localhost", 12001),
+            (("::1",), "::1", 12000),
+            (("::1", "12001"), "::1", 12001),
+            (("[::1]",), "::1", 12000),
+            (("[::1]:12001",), "::1", 12001),
+            (("fe80::1%eth0",), "fe80::1%eth0", 12000),
+        ):
+            options = mychatclient.parse_args(arguments)
+            self.assertEqual((options.host, options.port), (host, port), arguments)
 
     def test_version(self) -> None:
         with Program(*PYTHON, CLIENT, "--version") as program:
@@ -783,9 +802,6 @@ class Connecting(TestCase):
 
             with mock.patch("socket.getaddrinfo", resolve), mychatclient.connect("chat.example", server.port) as sock:
                 self.assertEqual(sock.getpeername()[0], LOOPBACK)
-
-    def test_brackets_round_an_ipv6_address(self) -> None:
-        self.assertEqual(mychatclient.parse_args(["[::1]"]).host, "::1")
 
     def test_every_kind_of_trouble_is_one_sentence(self) -> None:
         for error, sentence in (

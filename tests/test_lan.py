@@ -535,7 +535,8 @@ class Arguments(TestCase):
         for program, options, sentence in (
             (SERVER, ("--lan", "--host", "0.0.0.0"), "not allowed with argument"),
             (CLIENT, ("--lan", LOOPBACK), "--lan finds host and port by itself"),
-            (CLIENT, ("--lan", LOOPBACK, "12000"), "--lan finds host and port by itself"),
+            (CLIENT, ("--lan", "12000"), "--lan finds host and port by itself"),
+            (CLIENT, ("--lan", "--port", "12000"), "--lan finds host and port by itself"),
             (CLIENT, ("--lan", "--ssh", "ann@example"), "--lan finds host and port by itself"),
         ):
             with self.subTest(options=options), Program(sys.executable, program, *options) as running:

@@ -1117,7 +1117,7 @@ class Beginnings(TestCase):
             (f"--nats nats://a --server-name {'x' * 33}", "is not a name"),
             ("--room main", "--nats, which is missing"),
             ("--nats-creds x", "--nats, which is missing"),
-            ("--nat nats://ann:s3cret@a", "unrecognized arguments: --nat nats://...@a"),
+            ("--nat nats://ann:s3cret@a", "'nats://...@a' is not a number from 0 to 65535"),
         ):
             with self.subTest(arguments=arguments), mock.patch.object(sys, "stderr", io.StringIO()) as errors:
                 with self.assertRaises(SystemExit) as end:

@@ -42,8 +42,7 @@ class Options(TestCase):
             self.assertEqual(program.output, b"")
             errors = program.errors()
             self.assertIn(sentence, errors)
-            if status == 1:
-                self.assertEqual(errors.count("\n"), 1, errors)
+            self.assertEqual(errors.count("\n"), status, errors)  # usage comes before what is wrong with arguments
 
     def test_version(self) -> None:
         with Program(*PYTHON, SERVER, "--version") as program:
@@ -55,11 +54,17 @@ class Options(TestCase):
             (("--port", "abc"), "'abc' is not a number from 0 to 65535"),
             (("--port", "99999"), "'99999' is not a number from 0 to 65535"),
             (("--port", "-1"), "--port"),
+            (("65536",), "'65536' is not a number from 0 to 65535"),
+            (("12001", "--port", "12002"), "argument --port: not allowed with argument port"),
             (("--max-clients", "0"), "'0' is not a number from 1 to 1000000"),
             (("--max", "3"), "unrecognized arguments: --max"),
         ):
             with self.subTest(options=options):
                 self.fails(*options, status=2, sentence=sentence)
+
+    def test_the_port_needs_no_option(self) -> None:
+        for arguments, port in (((), 12000), (("12001",), 12001), (("--port", "12001"), 12001), (("0",), 0)):
+            self.assertEqual(mychatserver.parse_args(arguments).port, port)
 
     def test_a_port_that_is_taken(self) -> None:
         with Server() as server:
