@@ -1812,6 +1812,15 @@ def network(text: str) -> Network:
         raise argparse.ArgumentTypeError(problem) from None
 
 
+@contextlib.contextmanager
+def usable(path: str | None, advice: str) -> Iterator[None]:
+    """Raise Unusable when an OSError tells that a file cannot be used."""
+    try:
+        yield
+    except OSError as error:
+        raise Unusable(f"Cannot use {path}: {error.strerror}; {advice}.") from None
+
+
 def password_from(path: str | None) -> bytes:
     """Return the password, of a file's first line or the environment; nothing if neither is given.
 
@@ -1822,11 +1831,8 @@ def password_from(path: str | None) -> bytes:
         if not password:
             return b""
     else:
-        try:
-            with open(path, "rb", buffering=0) as file:  # no more than the line, if it is standard input
-                password = file.readline(MAX_LINE_BYTES + len(UTF8_MARK) + 3)
-        except OSError as error:
-            raise Unusable(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
+        with usable(path, "give --password-file another file"), open(path, "rb", buffering=0) as file:
+            password = file.readline(MAX_LINE_BYTES + len(UTF8_MARK) + 3)  # no more, if it is standard input
         if password.startswith(UTF16_MARKS):
             raise Unusable(f"{path} is in UTF-16, as Windows' Unicode: save it as UTF-8.")
         password = password.removeprefix(UTF8_MARK).removesuffix(b"\n").removesuffix(b"\r")
@@ -1855,12 +1861,9 @@ def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_RENEGOTIATION  # as newer libraries have it anyway
     # Who sends and closes without reading would find the tickets unread, and reset what it has sent. Nobody resumes.
     context.num_tickets = 0
-    try:
+    needed = "a certificate and its key without a pass phrase, in PEM, the key in --tls-key's file or in the same"
+    with usable(f"{certificate} with {key}" if key else certificate, f"--tls-cert needs {needed}"):
         context.load_cert_chain(certificate, key, lambda: "")
-    except OSError as error:  # of the library too
-        files = f"{certificate} with {key}" if key else certificate
-        needed = "a certificate and its key without a pass phrase, in PEM, the key in --tls-key's file or in the same"
-        raise Unusable(f"Cannot use {files}: {error.strerror}; --tls-cert needs {needed}.") from None
     return context
 
 
@@ -2256,15 +2259,6 @@ class Link(Writer):
             self._errors.say(problem)
 
 
-@contextlib.contextmanager
-def usable(path: str | None, advice: str) -> Iterator[None]:
-    """Raise Unusable when an OSError tells that a file cannot be used."""
-    try:
-        yield
-    except OSError as error:
-        raise Unusable(f"Cannot use {path}: {error.strerror}; {advice}.") from None
-
-
 def tls_to_nats(certificates: str | None) -> ssl.SSLContext:
     """Return a context that trusts certificates in a file, or the system's; raise Unusable when there are none."""
     import ssl
@@ -2344,45 +2338,29 @@ def add_link_options(parser: argparse.ArgumentParser) -> None:
 EVERY_IPV4, EVERY_ADDRESS = "0.0.0.0", "::"  # noqa: S104 - to listen on only if asked for
 STACK_BYTES = 131_072  # of a handler thread: under 64 KiB Python 3.9 fails in places
 SWITCH_SECONDS = 0.1  # each thread that waits to run Python asks once in this time: thousands do nothing else in 5 ms
-NEEDED_OPTIONS = {"tls_key": "tls_cert", "room": "nats", "server_name": "nats", "nats_ca": "nats", "nats_creds": "nats"}
 WRITER_SECONDS = 0.4  # in which the last lines must be shown and logged when the server stops
 LISTENING_PROBLEMS = {
     errno.EADDRINUSE: "Port {port} is taken: a server may be running there already; choose another with --port.",
     errno.EADDRNOTAVAIL: "{host} is not an address of this machine: give --host one that is, or 0.0.0.0 for all.",
     errno.EACCES: "No permission to listen on port {port}: choose one from 1024 up with --port.",
 }
+NEEDED_OPTIONS = {"tls_key": "tls_cert", "room": "nats", "server_name": "nats", "nats_ca": "nats", "nats_creds": "nats"}
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """Return a non-blocking socket that listens on ``host``, the first of its addresses.
-
-    Raises OSError, and UnicodeError for what cannot be a name.
-    """
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind)
+    """Return a non-blocking socket that listens on ``host``, the first of its addresses; raise Unusable."""
     try:
-        if sys.platform == "win32":  # where SO_REUSEADDR would let a second server take the port over
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # "::" is every address, of IPv4 too; any other is itself alone
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != EVERY_ADDRESS)
-        listener.bind(address)
-        listener.listen(LISTEN_QUEUE)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        is_dual = address[0] == EVERY_ADDRESS and socket.has_dualstack_ipv6()
+        listener = socket.create_server(address, family=family, backlog=LISTEN_QUEUE, dualstack_ipv6=is_dual)
+    except (socket.gaierror, UnicodeError):
+        problem = f"Unknown host {host!r}: give --host an address of this machine; a port goes to --port."
+        raise Unusable(problem) from None
+    except OSError as error:
+        other = f"Cannot listen on {{host}} port {{port}}: {error.strerror}; choose another with --host or --port."
+        raise Unusable(LISTENING_PROBLEMS.get(error.errno or 0, other).format(host=host, port=port)) from None
+    listener.setblocking(False)
     return listener
-
-
-def listening_problem(error: OSError | UnicodeError, host: str, port: int) -> str:
-    """Return one sentence that says why the server cannot listen, and what to do."""
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"Unknown host {host!r}: give --host an address of this machine; a port goes to --port."
-    if error.errno in LISTENING_PROBLEMS:
-        return LISTENING_PROBLEMS[error.errno].format(host=host, port=port)
-    return f"Cannot listen on {host} port {port}: {error.strerror}; choose another with --host or --port."
 
 
 def plain_address(address: tuple[str, int]) -> tuple[str, int]:
@@ -2392,28 +2370,29 @@ def plain_address(address: tuple[str, int]) -> tuple[str, int]:
 
 
 def addresses_for_others(host: str) -> list[str]:
-    """Return the addresses that other machines may reach a server by that listens on ``host``, likeliest first."""
+    """Return the addresses by which other machines may reach a server that listens on ``host``, likeliest first."""
     if host not in (EVERY_IPV4, EVERY_ADDRESS):
         return [host]
-    # Connecting a datagram socket sends nothing; it asks for the route. The targets are for documentation only:
-    # RFC 5737 and RFC 3849.
-    found = [own_address(socket.AF_INET, "192.0.2.1"), own_address(socket.AF_INET6, "2001:db8::1")]
-    if not any(found) and sys.platform == "linux":  # no way out of this network: the way to everybody by each interface
-        found = [own_address(socket.AF_INET, "255.255.255.255", name) for _, name in socket.if_nameindex()]
-    with contextlib.suppress(OSError, UnicodeError):  # the machine does not know its own name, or it is none
-        found += [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)]
+    # On the way to addresses for documentation only, RFC 5737 and RFC 3849; without such a way, to all that are near.
+    found = [own_address(socket.AF_INET, "192.0.2.1")]
+    if host == EVERY_ADDRESS:
+        found.append(own_address(socket.AF_INET6, "2001:db8::1"))
+    if not any(found):
+        interfaces = [name for _, name in socket.if_nameindex()] if sys.platform == "linux" else [""]
+        found = [own_address(socket.AF_INET, "255.255.255.255", name) for name in interfaces]
     usable = [ipaddress.ip_address(address) for address in dict.fromkeys(found) if address]
     usable = [one for one in usable if not (one.is_loopback or one.is_unspecified)]
     # An address of this link alone helps when there is no other; an IPv6 one would need an interface of the reader's.
-    routed = [str(one) for one in usable if not one.is_link_local and (host == EVERY_ADDRESS or one.version == 4)]
+    routed = [str(one) for one in usable if not one.is_link_local]
     return routed or [str(one) for one in usable if one.version == 4]
 
 
 def own_address(family: int, target: str, interface: str = "") -> str:
-    """Return the address of this machine on the way to ``target``, on Linux by one interface; "" without a way."""
+    """Return the address of this machine on the way to ``target``, by one interface or any; "" without a way."""
+    # Connecting a datagram socket sends nothing; it asks for the route.
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asking:
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         if interface and sys.platform == "linux":
-            asking.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             asking.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
         asking.connect((target, 9))
         return str(asking.getsockname()[0])
@@ -2434,14 +2413,7 @@ def say_where(console: Writer, errors: Writer, listener: socket.socket, guests: 
         who = "from the networks of --allow" if guests.networks else "who can reach this server"
         way_back = f"without {'--lan' if lan else '--host'} the chat stays on this machine"
         errors.say(f"Anyone {who} can join: {way_back}, --password-file asks for a password.")
-    # A thread, because the system may take its time to look up this machine's name.
-    arguments = console, host, port, found, guests.certificate
-    threading.Thread(target=say_how_to_join, args=arguments, daemon=True).start()
-
-
-def say_how_to_join(console: Writer, host: str, port: int, found: bool, certificate: str | None) -> None:
-    """Show what others type to join. Blocks while the system looks up this machine's name."""
-    option, names = asked_of_clients(certificate) if certificate is not None else ("", [])
+    option, names = asked_of_clients(guests.certificate) if guests.certificate is not None else ("", [])
     command = f"Others join with: python mychatclient.py{option}"
     others = addresses_for_others(host)
     if found and (not names or set(names) & set(others)):
@@ -2451,12 +2423,6 @@ def say_how_to_join(console: Writer, host: str, port: int, found: bool, certific
         console.say(f"{command} {name}{'' if port == DEFAULT_PORT else f' {port}'}{own}")
     if not names and not others:
         console.say("No address was found that others could join by: is this machine on a network?")
-
-
-def warn(text: str) -> None:
-    """Write one line to standard error, if there is one."""
-    with contextlib.suppress(OSError):  # nobody reads it
-        os.write(2, f"{text}\n".encode("utf-8", "replace"))
 
 
 def write_to_stream(descriptor: int) -> Callable[[bytes], None]:
@@ -2475,59 +2441,34 @@ def write_to_stream(descriptor: int) -> Callable[[bytes], None]:
 
 
 def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
-    """Return a function for a Writer that appends to a file, the time before each line, and tells of what goes wrong.
+    """Return a function for a Writer that appends to a file, the time before each line; raise Unusable if it cannot.
 
-    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over. Raises
-    Unusable when it cannot be opened now.
+    The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over.
     """
-    try:
-        open(path, "ab", opener=open_at_once).close()
-    except OSError as error:
-        raise Unusable(f"Cannot write to {path}: {error.strerror}; give --log another file.") from None
-    lines_lost = 0  # since it went wrong
+    with usable(path, "give --log another file"):
+        open(path, "ab").close()
+    problem: str | None = ""  # as said last, since it went well
 
     def write(text: bytes) -> None:
-        nonlocal lines_lost
+        nonlocal problem
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds").encode() + b" "
-        rest = memoryview(now + text[:-1].replace(b"\n", b"\n" + now) + b"\n")
         try:
-            with open(path, "ab", buffering=0, opener=open_at_once) as file:
-                while rest:
-                    rest = rest[file.write(rest) :]
+            with open(path, "ab") as file:
+                file.write(now + text[:-1].replace(b"\n", b"\n" + now) + b"\n")
+            problem = ""
         except OSError as error:
-            if not lines_lost:
-                errors.say(f"Cannot write to {path}: {error.strerror}; the chat goes on without a log.")
-            lines_lost += bytes(rest).count(b"\n")
-            return
-        if lines_lost:
-            errors.say(f"Writing to {path} again: {lines_lost} lines were not written.")
-            lines_lost = 0
+            if problem != error.strerror:
+                problem = error.strerror
+                errors.say(f"Cannot write to {path}: {problem}; the chat goes on without a log.")
+            raise  # the writer counts what was not written
 
     return write
 
 
-def open_at_once(path: str, flags: int) -> int:
-    """Open like ``os.open``, but raise OSError for a FIFO that nobody reads, rather than wait for somebody."""
-    if sys.platform == "win32":
-        return os.open(path, flags)
-    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
-    os.set_blocking(descriptor, True)
-    return descriptor
-
-
 def open_missing_descriptors() -> None:
     """Open the null device for a standard stream that was closed, or a socket would get its number and its text."""
-    descriptor = os.open(os.devnull, os.O_RDWR)
-    while descriptor <= 2:
-        os.set_inheritable(descriptor, True)
-        descriptor = os.open(os.devnull, os.O_RDWR)
-    os.close(descriptor)
-
-
-def has_no_terminal() -> bool:
-    """Return whether this runs in a program that has put something of its own in a terminal's place, as IDLE does."""
-    is_replaced = sys.stdin is not sys.__stdin__ or sys.stdout is not sys.__stdout__
-    return is_replaced and not (os.isatty(0) and os.isatty(1))
+    while os.open(os.devnull, os.O_RDWR) <= 2:  # the last one stays open, which does no harm
+        pass
 
 
 def raise_descriptor_limit() -> None:
@@ -2567,11 +2508,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-clients", type=count, metavar="N", help="so many at once (default: no limit)")
     parser.add_argument("--max-per-host", type=count, metavar="N", help="so many from one host (default: no limit)")
     parser.add_argument(
-        "--allow",
-        type=network,
-        action="append",
-        metavar="NETWORK",
-        help="let in who comes from there alone (default: all)",
+        "--allow", type=network, action="append", metavar="NETWORK", help="let in from there alone (default: all)"
     )
     parser.add_argument("--password-file", metavar="FILE", help="what newcomers must say (default: MYCHAT_PASSWORD)")
     parser.add_argument(
@@ -2591,11 +2528,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.port = options.port_option if options.port is None else options.port
     for name, wanted in NEEDED_OPTIONS.items():
         if getattr(options, name) is not None and getattr(options, wanted) is None:
-            parser.error(f"--{name} says more of --{wanted}, which is missing".replace("_", "-"))
+            parser.error(f"--{name} goes with --{wanted} alone: give that, too".replace("_", "-"))
     if options.lan:
         options.host = EVERY_ADDRESS if socket.has_dualstack_ipv6() else EVERY_IPV4
-    if options.host.startswith("[") and options.host.endswith("]"):  # as the first line shows an IPv6 address
-        options.host = options.host[1:-1]
+    options.host = re.sub(r"^\[(.*)\]$", r"\1", options.host)  # as the first line shows an IPv6 address
     return options
 
 
@@ -2603,10 +2539,7 @@ def serve(options: argparse.Namespace) -> int:
     """Run the server with these options until it is stopped; return the exit status. Raises Unusable."""
     context = tls_context(options.tls_cert, options.tls_key) if options.tls_cert is not None else None
     guests = Guests(options.allow or [], password_from(options.password_file), options.rate, options.tls_cert)
-    try:
-        listener = open_listener(options.host, options.port)
-    except (OSError, UnicodeError) as error:
-        raise Unusable(listening_problem(error, options.host, options.port)) from None
+    listener = open_listener(options.host, options.port)
     console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
     log = Writer("log", write_to_log(options.log, errors), "not written") if options.log is not None else None
     room = Room(
@@ -2639,14 +2572,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return the exit status: 0 when it was stopped, 1 when something is in its way."""
     try:
         open_missing_descriptors()
-        if has_no_terminal():
+        # A program that has put something of its own in a terminal's place, as IDLE does.
+        is_replaced = sys.stdin is not sys.__stdin__ or sys.stdout is not sys.__stdout__
+        if is_replaced and not (os.isatty(0) and os.isatty(1)):
             print("Run this in a terminal: python mychatserver.py")
             return 1
         options = parse_args(argv)
         raise_descriptor_limit()
         return serve(options)
     except Unusable as problem:
-        warn(str(problem))
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"{problem}\n".encode("utf-8", "replace"))
         return 1
     except KeyboardInterrupt:  # before the server thread could see to it
         return 0

@@ -191,22 +191,7 @@ class LogTests(TestCase):
         for path in (str(self.path / "x"), str(self.path.parent)):
             with Program(*PYTHON, SERVER, "--port", "0", "--log", path) as program:
                 self.assertEqual(program.wait(), 1)
-                self.assertRegex(program.errors(), r"^Cannot write to \S+: [^\n]+; give --log another file\.\n$")
-
-    def test_a_fifo_is_a_log_as_long_as_somebody_reads_it(self) -> None:
-        """Without a reader the server says so, at its start and later, and waits for nobody."""
-        os.mkfifo(self.path)
-        with Program(*PYTHON, SERVER, "--port", "0", "--log", str(self.path)) as program:
-            self.assertEqual(program.wait(), 1)
-            self.assertRegex(program.errors(), r"^Cannot write to \S+: [^\n]+; give --log another file\.\n$")
-        reader = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
-        with Server("--log", str(self.path)) as server, open(reader, "rb", buffering=0) as log:
-            with server.peer() as ann:
-                self.assertIn(f"* {ann.label} joined\n".encode(), eventually(lambda: log.read(1_000)))
-                log.close()
-                ann.say("unread")
-                eventually(lambda: "the chat goes on without a log" in server.errors())
-            self.assertEqual(server.stop(), 0)
+                self.assertRegex(program.errors(), r"^Cannot use \S+: [^\n]+; give --log another file\.\n$")
 
     def test_rename_and_deletion_lose_no_line(self) -> None:
         """At two thousand lines a second, each is in one file or the other."""
@@ -241,9 +226,9 @@ class LogTests(TestCase):
             eventually(lambda: "the chat goes on without a log" in server.errors())
             folder.mkdir()
             ann.say("again")
-            eventually(lambda: re.search(r"again: \d lines were not written", server.errors()))
-            self.assertEqual(self.lines()[-1], f"{ann.label}:again")
-            self.assertEqual(server.errors().count("\n"), 2)
+            eventually(self.path.exists)
+            eventually(lambda: re.search(r":again\n\S+ \* [1-3] lines not written\n$", self.path.read_text()))
+            self.assertEqual(server.errors().count("\n"), 1)
 
     def test_a_full_disk_is_told_of_and_heals(self) -> None:
         """The limit of a file's size stands for the disk; the last line before it may be torn."""
@@ -256,9 +241,9 @@ class LogTests(TestCase):
             self.assertLess(self.path.stat().st_size, 2_001)
             resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
             ann.say("again")
-            eventually(lambda: self.path.read_text().endswith(f"{ann.label}:again\n"))
-            found = eventually(lambda: re.search(r"again: (\d+) lines were not written", server.errors()))
-            self.assertEqual(self.path.read_text().count("\n") - 1 + int(found[1]), 1 + 40)
+            found = eventually(lambda: re.search(r":again\n\S+ \* (\d+) lines not written\n", self.path.read_text()))
+            # Some of the last batch before may have been written all the same.
+            self.assertGreaterEqual(self.path.read_text().count("\n") - 2 + int(found[1]), 1 + 40)
 
     def test_a_device_that_is_always_full_stops_nothing(self) -> None:
         with Server("--log", "/dev/full") as server, server.peer() as ann, server.peer() as bob:
@@ -286,9 +271,11 @@ class LogTests(TestCase):
             eventually(lambda: "the chat goes on without a log" in server.errors())
 
             def writes_again() -> bool:  # what is still queued may fill it once more
+                if re.search(r" \* \d+ lines not written\n", self.path.read_text() if self.path.exists() else ""):
+                    return True
                 self.path.unlink(missing_ok=True)
                 ann.say("again")
-                return bool(re.search(r"again: \d+ lines were not written", server.errors()))
+                return False
 
             eventually(writes_again)
             ann.say("the end")

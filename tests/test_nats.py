@@ -1115,8 +1115,8 @@ class Beginnings(TestCase):
             ("--nats nats://a --room a.b", "'a.b' is not a name: letters, digits, _ and -, 32 at most"),
             ("--nats nats://a --room=", "'' is not a name"),
             (f"--nats nats://a --server-name {'x' * 33}", "is not a name"),
-            ("--room main", "--nats, which is missing"),
-            ("--nats-creds x", "--nats, which is missing"),
+            ("--room main", "goes with --nats alone: give that, too"),
+            ("--nats-creds x", "goes with --nats alone: give that, too"),
             ("--nat nats://ann:s3cret@a", "'nats://...@a' is not a number from 0 to 65535"),
         ):
             with self.subTest(arguments=arguments), mock.patch.object(sys, "stderr", io.StringIO()) as errors:

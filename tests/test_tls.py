@@ -243,7 +243,7 @@ class Certificates(TestCase):
                 self.fails(*options, sentence=sentence)
 
     def test_a_key_without_a_certificate_is_told_as_usage(self) -> None:
-        self.fails("--tls-key", pem("good"), sentence="--tls-key is the key of a certificate", status=2)
+        self.fails("--tls-key", pem("good"), sentence="--tls-key goes with --tls-cert alone: give that, too", status=2)
 
     @needs_command("openssl", "openssl")
     def test_a_key_with_a_pass_phrase_is_not_asked_for(self) -> None:
