@@ -959,7 +959,7 @@ class Room:
         """
         notice = f"* {client.label} {verb}"
         if self._log:
-            self._log.say(notice)
+            self._log.say(f"{notice} from {client.address[0]}" if verb == "joined" else notice)
         if not self._announce or self._closed:
             return False
         without: list[Member] = [client, self._console]

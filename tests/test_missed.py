@@ -156,7 +156,7 @@ class LogTests(TestCase):
 
     def test_what_is_said_and_who_comes_goes_and_is_renamed(self) -> None:
         with Server("--log", str(self.path)) as server:
-            with server.peer() as ann, server.peer() as bob:
+            with server.peer() as ann, server.peer(source=("127.0.0.2", 0)) as bob:
                 ann.send("/nick añn\nHi! \n")
                 bob.expect(f"* {ann.label} is now añn", "añn:Hi! ")
                 bob.say("/msg añn secret")
@@ -165,7 +165,8 @@ class LogTests(TestCase):
                 bob.say("exit")
                 bob.expect_end()
                 expected = [
-                    *(f"* {peer.label} joined" for peer in (ann, bob)),
+                    f"* {ann.label} joined from 127.0.0.1",
+                    f"* {bob.label} joined from 127.0.0.2",
                     f"* {ann.label} is now añn",
                     "añn:Hi! ",
                     f"* {bob.label} left",
@@ -218,7 +219,7 @@ class LogTests(TestCase):
         folder.mkdir()
         self.path = folder / "chat.log"
         with Server("--log", str(self.path)) as server, server.peer() as ann:
-            eventually(lambda: self.lines() == [f"* {ann.label} joined"])
+            eventually(lambda: self.lines() == [f"* {ann.label} joined from 127.0.0.1"])
             shutil.rmtree(folder)
             for number in range(3):
                 ann.say(str(number))
