@@ -1425,29 +1425,33 @@ class Server:
             client.prepare()
             if self._guests.have_door:
                 self._crossed(client)
-            gate = self._guests.gate_for(client)
+                self._guests.enter_door(client)
+                client.shake_hands(HANDSHAKE_SECONDS)
+            gate = Gate(client, self._guests.password) if self._guests.password else None
             if not gate:
+                self._guests.leave_door(client)
                 self._room.join(client)
             self._crossed(client)
-            pace, work = self._guests.new_pace(), Work()
+            pace, work = Pace(self._guests.rate) if self._guests.rate else None, Work()
             for block, too_long in client.blocks():
+                block += b"\n" * too_long  # which counts as a try, or a line, and is not relayed
                 if gate:
-                    rest = gate.rest_after_password(block, too_long)
+                    rest = gate.rest_after_password(block)
                     if rest is None:
                         work.pay()
                         continue
                     self._guests.leave_door(client)
                     self._room.join(client)
                     gate, block, too_long = None, rest, False
-                for part in pace.parts(block, too_long) if pace else (block,):
+                for part in re.findall(rb"[^\n]*\n", block) if pace else (block,):
                     if pace and not pace.wait(client):
                         return
                     self._hear(client, part, work)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
                 work.pay(FREE_SECONDS_A_READ + FREE_SECONDS_A_BYTE * len(block))
-            if gate:
-                gate.check_time()
+            if gate and client.deadline and not client.deadline.left():
+                raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
         except Quit:
             pass
         except Refused as refusal:
@@ -1678,14 +1682,14 @@ class Limit:
 
 
 class Guests:
-    """Decides by address and password who may come in, and holds each to a pace."""
+    """Who may connect, and who waits at the door: for TLS's handshake, and to say the password."""
 
     def __init__(self, networks: Sequence[Network], password: bytes, rate: int | None, certificate: str | None) -> None:
         self.networks = networks  # all there are, if there is none
         self.password = password  # nobody is asked for one, if there is none
         self.certificate = certificate  # the file, with TLS
-        self.have_door = bool(password or certificate)  # where newcomers wait
-        self._rate = rate  # lines a second
+        self.rate = rate  # lines a second, of each
+        self.have_door = bool(password or certificate)
         # Guards what follows. No other lock but a client's own is taken inside.
         self._door_lock = threading.Lock()
         self._at_door: dict[Client, str] = {}  # and their hosts, the oldest first
@@ -1698,29 +1702,16 @@ class Guests:
 
     # Runs in the handler thread
 
-    def gate_for(self, client: Client) -> Gate | None:
-        """Do the TLS handshake; return who asks ``client`` for the password, None if it may enter at once.
-
-        With either it takes a place at the door. Blocks as ``Client.shake_hands`` does. Raises OSError, Refused.
-        """
-        if self.have_door:
-            self._enter_door(client)
-            client.shake_hands(HANDSHAKE_SECONDS)
-        if not self.password:
-            self.leave_door(client)
-            return None
-        client.read_bytes = DOOR_READ_BYTES
-        client.deadline = Deadline(PASSWORD_SECONDS)
-        return Gate(client, self.password)
-
-    def _enter_door(self, client: Client) -> None:
+    def enter_door(self, client: Client) -> None:
         """Take a place at the door; if all are taken, that of the oldest of the host which has the most."""
+        client.read_bytes, client.deadline = DOOR_READ_BYTES, Deadline(PASSWORD_SECONDS)
         with self._door_lock:
             if len(self._at_door) >= DOOR_PLACES:
                 ((crowd, _),) = collections.Counter(self._at_door.values()).most_common(1)
                 oldest = next(waiting for waiting, host in self._at_door.items() if host == crowd)
                 del self._at_door[oldest]
                 oldest.say(f"* refused: {CROWDED}")
+                oldest.deadline = Deadline(0)
                 oldest.evict()
             self._at_door[client] = host_key(client.address)
 
@@ -1728,12 +1719,7 @@ class Guests:
         """Give up the place at the door, if ``client`` has one, and with it the deadline."""
         with self._door_lock:
             self._at_door.pop(client, None)
-        client.deadline = None
-        client.read_bytes = PACED_READ_BYTES if self._rate else READ_BYTES
-
-    def new_pace(self) -> Pace | None:
-        """Return what holds one client to the pace that it may have; None if it may say what it likes."""
-        return Pace(self._rate) if self._rate else None
+        client.read_bytes, client.deadline = PACED_READ_BYTES if self.rate else READ_BYTES, None
 
 
 class Gate:
@@ -1748,7 +1734,7 @@ class Gate:
         self._tries_left = PASSWORD_TRIES
         client.say("* password?")
 
-    def rest_after_password(self, block: bytes, too_long: bool) -> bytes | None:
+    def rest_after_password(self, block: bytes) -> bytes | None:
         """Return what is to be heard of ``block`` if the password is in it: what follows, after the name asked for.
 
         Each wrong line costs WRONG_SECONDS. Raises Refused after too many, Quit when the client leaves.
@@ -1759,29 +1745,17 @@ class Gate:
             if self._is_password(line):
                 self._client.say("* password accepted")
                 return self._name + block
+            if line.strip(b"\t ").lower() in (b"exit", b"/exit", b"/quit"):
+                raise Quit
             if not self._name and re.match(rb"[\t ]*/(?i:nick)[\t ]", line):
                 self._name = line[:DOOR_READ_BYTES] + b"\n"  # more is no name
-            elif line.strip(b"\t ").lower() in (b"exit", b"/exit", b"/quit"):
-                raise Quit
-            else:
-                self._count_wrong()
-        if too_long:
-            self._count_wrong()
+                continue
+            time.sleep(WRONG_SECONDS)  # so that guessing takes its time
+            self._tries_left -= 1
+            if not self._tries_left:
+                raise Refused("wrong password")
+            self._client.say("* wrong password")
         return None
-
-    def check_time(self) -> None:
-        """Raise Refused if the client was too late, or had to make room, rather than left."""
-        if not self._client.readable:
-            raise Refused(CROWDED)
-        if self._client.deadline and not self._client.deadline.left():
-            raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
-
-    def _count_wrong(self) -> None:
-        time.sleep(WRONG_SECONDS)  # so that guessing takes its time
-        self._tries_left -= 1
-        if not self._tries_left:
-            raise Refused("wrong password")
-        self._client.say("* wrong password")
 
 
 class Pace:
@@ -1791,25 +1765,18 @@ class Pace:
         self._seconds = 1 / rate  # of each line
         self._due = time.monotonic() - BURST_SECONDS  # when what was said so far would have been said at this rate
 
-    def parts(self, block: bytes, too_long: bool) -> list[bytes]:
-        """Return what is paid for one by one: the lines, one that was too long among them."""
-        return [*re.findall(rb"[^\n]*\n", block), *([b""] if too_long else [])]
-
     def wait(self, client: Client) -> bool:
         """Block until a line may be said; return whether ``client`` is still there."""
-        self._due = max(self._due, time.monotonic() - BURST_SECONDS) + self._seconds
-        while not client.gone and (seconds := self._due - time.monotonic()) > 0:
-            time.sleep(seconds)
+        now = time.monotonic()
+        self._due = max(self._due, now - BURST_SECONDS) + self._seconds
+        if self._due > now and not client.gone:
+            time.sleep(self._due - now)
         return not client.gone
 
 
 def network(text: str) -> Network:
-    """Return ``text`` as a network; raise what argparse turns into a usage error."""
-    try:
-        return ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        problem = f"{text!r} is not a network: 192.168.1.0/24, 2001:db8::/32, 10.0.0.7"
-        raise argparse.ArgumentTypeError(problem) from None
+    """Return ``text`` as a network; raise ValueError, of which argparse makes a usage error."""
+    return ipaddress.ip_network(text, strict=False)
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ class Addresses(Guests):
                 self.assertFalse(guests.are_allowed_from(outside))
         with Program(*PYTHON, SERVER, "--allow", "10.0.0.0/33") as program:
             self.assertEqual(program.wait(), 2)
-            self.assertIn("'10.0.0.0/33' is not a network: 192.168.1.0/24", program.errors())
+            self.assertIn("invalid network value: '10.0.0.0/33'", program.errors())
 
 
 class Passwords(Guests):
@@ -564,7 +564,7 @@ class Rates(Guests):
             pace = mychatserver.Pace(2)
 
             def said(block: bytes) -> list[float]:
-                return [now for _ in pace.parts(block, False) if pace.wait(client)]
+                return [now for _ in range(block.count(b"\n")) if pace.wait(client)]
 
             times = [moment for size in (1, 50, 3, 91) for moment in said(b"x\n" * size)]
             self.assertEqual(times[:20], [0.0] * 20)
