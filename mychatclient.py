@@ -129,8 +129,8 @@ class Style:
         return "".join(f"\n{self._row(line)}\n" for line in lines).encode()
 
     def beginning(self, begun: str) -> list[str]:
-        """Return the labels that begin so, whatever the case, the latest last."""
-        return [label for label in list(self.labels) if label.casefold().startswith(begun.casefold())]
+        """Return the labels that begin so, whatever the case, the latest last; with nothing begun, none."""
+        return [label for label in list(self.labels) if begun and label.casefold().startswith(begun.casefold())]
 
     def _row(self, line: str) -> str:
         speech = SPEECH.fullmatch(line)
@@ -465,7 +465,8 @@ if sys.platform != "win32":
 class PromptToolkitEditor(Screen):
     """A terminal with prompt_toolkit, which runs on Windows too: what comes is shown above the half-typed line.
 
-    While ``line`` blocks, only the event loop in it draws, and ends it; at any other time ``show`` writes itself.
+    While ``line`` blocks, it holds the screen's lock, and only the event loop in it draws, and ends it. At any other
+    time the receive thread gets the lock, and draws itself.
     """
 
     def __init__(self, style: Style) -> None:
@@ -478,35 +479,28 @@ class PromptToolkitEditor(Screen):
         keys.add("c-c", eager=True)(lambda _: signal.raise_signal(signal.SIGINT))
         keys.add("tab")(self._complete)
         self._session: prompt_toolkit.PromptSession[str] = prompt_toolkit.PromptSession(
-            key_bindings=keys,
-            input_processors=[TabsProcessor(8, " ", " ")],
-            reserve_space_for_menu=0,
-            enable_suspend=True,
+            key_bindings=keys, input_processors=[TabsProcessor(8, " ", " ")], enable_suspend=True
         )
         self._app = self._session.app
         output: Any = self._app.output
         output.enable_bracketed_paste = lambda: None  # so that a newline in what is pasted is Enter
-        self._is_over = False  # ``line`` is to raise
-        # Guards what follows; notified when the rows were shown.
-        self._changed = threading.Condition()
-        self._is_editing = False  # the loop draws, or soon will
-        self._rows = b""  # to be shown; of one block, so that a stopped terminal stops the reading
+        self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
+        self._is_editing = False  # the main thread is in the loop, which would swallow what is raised there
+        self._is_over = False  # so the loop is to raise
         if sys.platform != "win32":
-            self._between_lines = termios.tcgetattr(0)  # what is typed or pasted then is left for the editor
-            self._between_lines[0] &= ~termios.ICRNL
-            self._between_lines[3] &= ~(termios.ECHO | termios.ICANON)
-            termios.tcsetattr(0, termios.TCSANOW, self._between_lines)
+            import tty
+
+            tty.setcbreak(0, termios.TCSANOW)  # what is typed or pasted between two lines is left for the editor
 
     # Runs in the receive thread
 
     def show(self, block: bytes) -> None:
-        with self._changed:
-            self._rows = self.style.rows(block)
-            if self._is_editing:
-                self._have_loop_catch_up()
-                self._changed.wait_for(lambda: not self._rows)
-            else:
+        self._block = block
+        while self._block:
+            self._have_loop_catch_up()
+            if self._lock.acquire(timeout=INTERRUPT_SECONDS):
                 self._catch_up()
+                self._lock.release()
 
     def wake(self) -> bool:
         if sys.platform != "win32":
@@ -518,23 +512,14 @@ class PromptToolkitEditor(Screen):
     # Runs in the main thread
 
     def line(self, unsent: str) -> str:
-        if sys.platform != "win32":
-            termios.tcsetattr(
-                0, termios.TCSANOW, self._between_lines
-            )  # again: after Ctrl-Z the shell may have changed that
-        with self._changed:
+        with self._lock:
             self._is_editing = True
-        try:
-            return self._session.prompt(default=unsent, pre_run=self._catch_up, handle_sigint=False)
-        finally:
-            with self._changed:
-                self._catch_up()
+            try:
+                return self._session.prompt(default=unsent, pre_run=self._catch_up, handle_sigint=False)
+            finally:
                 self._is_editing = False
-            if self._is_over:
-                raise Interrupted
 
     def end_line(self, ctrl_c: bool) -> None:
-        """Have the loop end the line, if it is entered now: what is raised in the loop would be swallowed."""
         if not self._is_editing:
             super().end_line(ctrl_c)
         self._is_over = True
@@ -543,37 +528,35 @@ class PromptToolkitEditor(Screen):
     # Runs in the loop, or where there is none
 
     def _catch_up(self) -> None:
-        """Show the rows, and end the line, if that is due."""
-        with self._changed:
-            if self._rows:
-                if self._app.is_running:
-                    self._app.renderer.erase()
-                self._write(self._rows)
-                self._rows = b""
-                self._changed.notify()
+        """Show the block, and end the line, if that is due. Call with the lock held."""
+        if self._block:
+            if self._app.is_running:
+                self._app.renderer.erase()
                 self._app.invalidate()
+            self._write(self.style.rows(self._block))
+            self._block = b""
         if self._is_over and self._app.is_running and not self._app.is_done:
             self._app.erase_when_done = not self._session.default_buffer.text  # or an empty row would stay
             self._app.exit(exception=Interrupted)
 
     def _complete(self, event: Any) -> None:
-        """Complete what was begun as far as the labels agree that begin so; if there is none, Tab is a character."""
+        """Complete what was begun as far as the labels agree that begin so. If there is none, Tab is a character."""
         buffer = event.current_buffer
         begun = re.split("[\t ]", buffer.document.text_before_cursor)[-1]
         is_pasted = bool(event.key_processor.input_queue)
-        labels = self.style.beginning(begun) if begun and not is_pasted else []
+        labels = [] if is_pasted else self.style.beginning(begun)
         if labels:
             buffer.delete_before_cursor(len(begun))
-            while len({label[: len(begun) + 1].lower() for label in labels}) == 1 and begun != labels[0]:
-                begun = labels[0][: len(begun) + 1]
-        buffer.insert_text(begun if labels else "\t")
+        common = os.path.commonprefix([label.lower() for label in labels])  # noqa: RUF071 - not of paths
+        buffer.insert_text(labels[0][: len(common)] if labels else "\t")
 
     # Runs in any thread
 
     def _have_loop_catch_up(self) -> None:
-        if self._app.loop:
+        loop = self._app.loop
+        if loop:
             with contextlib.suppress(RuntimeError):  # it has just been closed
-                self._app.loop.call_soon_threadsafe(self._catch_up)
+                loop.call_soon_threadsafe(self._catch_up)
 
 
 EDITORS: list[Callable[[Style], Screen]] = [PromptToolkitEditor]  # the best first; raises UNUSABLE where there is none
