@@ -818,7 +818,7 @@ def check_beginning(block: bytes) -> None:
 # --- Input: what is typed or piped, up to exit or its end -------------------------------------------------------------
 
 EXITS = "exit", "/quit", "/exit"
-EXIT = re.compile(rb"(?:^|\n|\r\0)[\t ]*(?:exit|/quit|/exit)[\t ]*(?:\r?\n|\r\0)", re.IGNORECASE)
+EXIT = re.compile(rb"\n[\t ]*(?:exit|/quit|/exit)[\t ]*\r?\n", re.IGNORECASE)
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 
@@ -843,7 +843,7 @@ def typed(screen: Screen) -> Iterator[tuple[bytes, bool]]:
 
 def piped() -> Iterator[tuple[bytes, bool]]:
     """Yield standard input in the blocks that it comes in, and whether ``exit`` ends them. Blocks in reading."""
-    unfinished = b""
+    before = b"\n"  # the end of what was read: ``exit`` may come in pieces
     while True:
         try:
             if sys.platform != "win32":
@@ -853,18 +853,13 @@ def piped() -> Iterator[tuple[bytes, bool]]:
             continue
         except OSError:  # there is none, as under nohup
             return
-        if not data:
-            return
-        window = unfinished + data
-        lowered = window.lower()  # two quick looks before the slow one
-        exit_line = EXIT.search(window) if b"exit" in lowered or b"/quit" in lowered else None
+        exit_line = EXIT.search(before + data)
         if exit_line:
-            yield data[: exit_line.end() - len(unfinished)], True
+            yield data[: exit_line.end() - len(before)], True
+        if exit_line or not data:
             return
         yield data, False
-        unfinished = window[window.rfind(b"\n") + 1 :]
-        if len(unfinished) > EXIT_BYTES:
-            unfinished = b"-"
+        before = (before + data)[-EXIT_BYTES:]
 
 
 # --- The conversation: one thread shows what comes, the main thread sends what is entered -----------------------------

@@ -216,7 +216,6 @@ class Piping(unittest.TestCase):
         for stream, passed, leaves in (
             (b"one\n \texit \ntwo\n", b"one\n \texit \n", True),
             (b"one\r\nexit\r\ntwo\r\n", b"one\r\nexit\r\n", True),
-            (b"one\r\0exit\r\0two", b"one\r\0exit\r\0", True),
             (b"exiting\nan exit\nexit now\n", b"exiting\nan exit\nexit now\n", False),
             (b"one\nexit", b"one\nexit", False),
         ):
