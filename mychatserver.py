@@ -671,6 +671,7 @@ class Room:
         announce: bool = False,
         history: History | None = None,
         budget_bytes: int = BUDGET_BYTES,
+        welcome: str = "",
     ) -> None:
         self._console = console
         self._log = log
@@ -678,6 +679,7 @@ class Room:
         self._history = history
         self._link: Link | None = None
         self._budget_bytes = budget_bytes
+        self._welcome = welcome
         # Its holder has the turn: for a whole round, or to enter and leave. Outermost lock. Guards the members.
         self._turn = threading.Lock()
         self._members: list[Member] = [*([] if quiet else [console]), *([log] if log else [])]
@@ -719,6 +721,8 @@ class Room:
                 must_broadcast = self._tell_of(client, "joined")
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
+            if self._welcome:
+                client.say(self._welcome)
             if self._announce:
                 client.say(self._who(client))
             if self._history:
@@ -2461,6 +2465,14 @@ def number(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def welcome(text: str) -> str:
+    """Return a text as a notice; raise what argparse turns into a usage error."""
+    text = clean(" ".join(text.split()).encode("utf-8", "surrogateescape")).decode()
+    if not text or text.startswith(("refused: ", "password?")):  # which mean something else to a client
+        raise argparse.ArgumentTypeError(f"{text!r} is no welcome: give it another text")
+    return f"* {text}"
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     count = number(1, 1_000_000)
@@ -2482,6 +2494,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rate", type=count, metavar="LINES", help="that a client may say a second (default: no limit)"
     )
     parser.add_argument("--quiet", action="store_true", help="do not show chat lines and names (default: show them)")
+    parser.add_argument("--welcome", type=welcome, metavar="TEXT", help="say TEXT to newcomers (default: nothing)")
     parser.add_argument("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
     parser.add_argument(
         "--history", type=number(0, 1_000_000), default=0, metavar="N", help="tell newcomers N lines (default: 0)"
@@ -2517,6 +2530,7 @@ def serve(options: argparse.Namespace) -> int:
         options.announce,
         History(options.history) if options.history else None,
         TLS_BUDGET_BYTES if context else BUDGET_BYTES,
+        options.welcome or "",
     )
     link = Link(room, console, errors, options) if options.nats else None
     discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import pathlib
 import re
 import sys
 import threading
 import time
 import unicodedata
+from unittest import mock
 
-from mychatserver import COMMANDS, LINE_TOO_LONG, folded, name_problem
-from tests.support import LONG, SERVER, Background, Peer, Server, SharedServerTestCase, eventually
+from mychatserver import COMMANDS, LINE_TOO_LONG, folded, name_problem, parse_args
+from tests.support import LONG, SERVER, Background, Peer, Server, SharedServerTestCase, TestCase, eventually
 
 OTHER_HOST = "127.0.0.2"
 
@@ -389,6 +391,32 @@ class Announce(People):
         for peer in (self.ann, self.bob):
             peer.expect(f"* {third.label} joined", f"* {third.label} is now carol", "carol:bye", "* carol left")
         self.server.expect(f"* {third.label} is now carol", "carol:bye", "Connection closed")
+
+
+class Welcome(TestCase):
+    def test_a_newcomer_is_welcomed_before_anything_else(self) -> None:
+        """The text is cleaned, and one line."""
+        options = ("--welcome", " Be kind:\n\x1b[2J no\tspoilers ", "--announce", "--history", "9")
+        welcome = "* Be kind: \ufffd[2J no spoilers"
+        with Server(*options) as server, server.peer() as ann:
+            ann.expect(welcome, f"* 1 here: {ann.label} (you)")
+            ann.say("Hi!")
+            server.expect(f"{ann.label}:Hi!")
+            with server.peer() as bob:
+                bob.expect(welcome, f"* 2 here: {ann.label}, {bob.label} (you)", "* the last line:")
+                ann.expect(f"* {bob.label} joined")
+
+    def test_who_is_turned_away_is_not_welcomed(self) -> None:
+        with Server("--welcome", "Hi", "--max-clients", "1") as server, server.peer() as ann:
+            ann.expect("* Hi")
+            with server.connect("127.0.0.1") as bob:
+                self.assertEqual(bob.read_to_end(), b"* refused: server full: 1 of 1 clients\n")
+
+    def test_what_means_something_else_to_a_client_is_no_welcome(self) -> None:
+        for text in ("", " ", "refused: go away", " refused:\tgo", "password?"):
+            with mock.patch.object(sys, "stderr", io.StringIO()) as errors, self.assertRaises(SystemExit):
+                parse_args(["--welcome", text])
+            self.assertIn("is no welcome: give it another text", errors.getvalue())
 
 
 # Every notice that a person can get of the server, with what stands for the changing parts.
