@@ -381,10 +381,11 @@ if sys.platform != "win32":
         def draw(self) -> None:
             """Show the block that the receive thread has left, if any."""
             if self._block:
-                half_typed = self._is_half_typed()
-                before = self._clear_line() if half_typed else b""
-                self._write(before + self.style.rows(self._block))
-                if half_typed:
+                is_half_typed = self._is_half_typed()
+                if is_half_typed:
+                    self._clear_line()
+                self._write(self.style.rows(self._block))
+                if is_half_typed:
                     self._library.rl_forced_update_display()
                 self._block = b""
                 self._shown.set()
@@ -400,7 +401,7 @@ if sys.platform != "win32":
             was_busy, self.is_busy = self.is_busy, True  # what comes waits until the line is back
             if number == signal.SIGTSTP:
                 if self._is_half_typed():
-                    self._write(self._clear_line())
+                    self._clear_line()
                 self.close()
                 signal.raise_signal(signal.SIGTTIN)  # which has no handler; in a group without a shell it does nothing
             wait_for_foreground()  # else the editor would read what the shell types, and stop where it reads
@@ -420,11 +421,10 @@ if sys.platform != "win32":
                 state & self.STATE_CALLBACK and (self._readline.get_line_buffer() or state & self.STATES_PENDING)
             )
 
-        def _clear_line(self) -> bytes:
-            """Take the line off the screen; return what is to be written first."""
+        def _clear_line(self) -> None:
+            """Take the line off the screen."""
             self._library.rl_clear_visible_line()
             self._library.fflush(None)  # what we write passes by C's buffer, and would come first
-            return b""
 
         def _go_to_end_of_line(self) -> None:
             self._library.rl_end_of_line(1, 0)
@@ -447,7 +447,7 @@ if sys.platform != "win32":
             try:
                 return super().line(unsent)
             except EOFError:
-                self.say("")
+                self.say("")  # below the ^D that libedit shows
                 raise
             finally:
                 self._is_editing = False
@@ -455,8 +455,8 @@ if sys.platform != "win32":
         def _is_half_typed(self) -> bool:
             return self._is_editing
 
-        def _clear_line(self) -> bytes:
-            return b"\r\x1b[K"
+        def _clear_line(self) -> None:
+            self._write(b"\r\x1b[K")
 
         def _go_to_end_of_line(self) -> None:
             """Leave the cursor where it is: there is no telling."""
@@ -496,8 +496,8 @@ class PromptToolkitEditor(Screen):
 
     def show(self, block: bytes) -> None:
         self._block = block
+        self._have_loop_catch_up()
         while self._block:
-            self._have_loop_catch_up()
             if self._lock.acquire(timeout=INTERRUPT_SECONDS):
                 self._catch_up()
                 self._lock.release()
