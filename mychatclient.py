@@ -108,7 +108,13 @@ class Style:
     """How lines that came are shown: as they are, or with colours, the time, a bell; and what they tell of people."""
 
     def __init__(
-        self, own_label: str, colours: Sequence[str] = (), clock: bool = False, bell: bool = False, learn: bool = False
+        self,
+        own_label: str,
+        colours: Sequence[str] = (),
+        clock: bool = False,
+        bell: bool = False,
+        learn: bool = False,
+        compact: bool = False,
     ) -> None:
         self.own_label = own_label
         self.asked_for = ""  # the name that we asked for last
@@ -116,17 +122,19 @@ class Style:
         self._colours = itertools.cycle(colours or [""])
         self._bold = BOLD if colours else ""
         self._grey = GREY if colours is COLOURS_OF_256 else ""
+        self._gap = "" if compact else "\n"
         self._clock = clock
         self._bell = "\a" if bell else ""
         self._is_as_it_comes = not (learn or clock or bell or colours)
         self._in_history = False  # what comes was said earlier
 
     def rows(self, block: bytes) -> bytes:
-        """Return the lines of ``block`` with an empty row before each."""
+        """Return the lines of ``block`` with an empty row before each, unless that is not wanted."""
         if self._is_as_it_comes:
-            return b"\n" + block[:-1].replace(b"\n", b"\n\n") + b"\n"
+            gap = self._gap.encode()
+            return gap + block[:-1].replace(b"\n", b"\n" + gap) + b"\n"
         lines = block[:-1].decode("utf-8", "replace").split("\n")
-        return "".join(f"\n{self._row(line)}\n" for line in lines).encode()
+        return "".join(f"{self._gap}{self._row(line)}\n" for line in lines).encode()
 
     def beginning(self, begun: str) -> list[str]:
         """Return the labels that begin so, whatever the case, the latest last; with nothing begun, none."""
@@ -572,8 +580,8 @@ def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     colours: Sequence[str] = COLOURS_OF_256 if "256" in term or os.environ.get("COLORTERM") else COLOURS_OF_8
     if plain or options.no_color or os.environ.get("NO_COLOR") or sys.platform == "win32":  # whose console needs asking
         colours = ()
-    bell = options.bell and os.isatty(1)
-    style = Style(own_label, colours, options.time, bell, learn=not plain or options.reconnect)
+    bell, learn = options.bell and os.isatty(1), not plain or options.reconnect
+    style = Style(own_label, colours, options.time, bell, learn, options.compact)
     for editor in EDITORS if not plain else ():
         with contextlib.suppress(*UNUSABLE):
             return editor(style)
@@ -1696,6 +1704,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--bell", action="store_true", help="ring when a line names you (default: do not)")
     add("--reconnect", action="store_true", help="after a lost connection, try again (default: do not)")
     add("--time", action="store_true", help="show when each line came (default: do not)")
+    add("--compact", action="store_true", help="show no empty row before each line (default: show one)")
     add("--no-color", action="store_true", help="show no colours (default: show them in a terminal)")
     add("--plain", action="store_true", help="only add to the screen, for screen readers (default: off)")
     add("--version", action="version", version=f"mychatclient {__version__}")

@@ -552,6 +552,27 @@ class Looks(SharedServerTestCase):
         rows = style(clock=True).rows(b"54358:Hi!\n")
         self.assertRegex(rows, rb"^\n\d\d:\d\d 54358:Hi!\n$")
 
+    def test_compact(self) -> None:
+        """Without an empty row before each line, in a pipe and in a terminal; an empty Enter still begins a row."""
+        with client(self.server.port, "--compact") as program:
+            program.expect(GREETING)
+            self.server.newcomer()
+            with Terminal(*PYTHON, CLIENT, "--compact", LOOPBACK, str(self.server.port)) as terminal:
+                terminal.wait_for(f"{GREETING}\n")
+                self.server.newcomer()
+                ann = self.peer()
+                ann.send("1\n2\n")
+                program.expect(f"{ann.label}:1", f"{ann.label}:2")
+                terminal.wait_for(f"{GREETING}\n{ann.label}:1\n{ann.label}:2\n")
+                terminal.type("half")
+                terminal.wait_for("half")
+                ann.say("3")
+                terminal.wait_for(f"{ann.label}:3\nhalf")
+                terminal.type("\n\n")
+                terminal.wait_for("half\n\n")
+                ann.say("4")
+                terminal.wait_for(f"half\n\n{ann.label}:4\n")
+
     def test_when_there_is_colour(self) -> None:
         for options, environment, expected in (
             ((), {}, True),
