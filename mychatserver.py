@@ -1584,15 +1584,20 @@ class Discovery:
     listens; this host's name, of letters, digits, ``.`` and ``-``. Anything else is ignored.
     """
 
-    def __init__(self, sock: socket.socket, port: int) -> None:
-        """Tell of a chat on ``port`` who asks by a datagram to this socket."""
+    def __init__(self, port: int) -> None:
+        """Tell of a chat on ``port`` whoever asks. Raises OSError when DISCOVERY_PORT is taken."""
         import secrets
 
         name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
-        self._sock = sock
         self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
-        # Of the last second: when it began, how much was read in it, and the answers to each host.
-        self._second, self._count, self._answers = 0.0, 0, collections.Counter[str]()
+        # Of the last second: which it was, how much was read in it, and the answers to each host.
+        self._second, self._count, self._answers = 0, 0, collections.Counter[str]()
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        # So that a second server on this machine hears the questions too.
+        shared = getattr(socket, "SO_REUSEPORT" if sys.platform == "darwin" else "SO_REUSEADDR")
+        self._sock.setsockopt(socket.SOL_SOCKET, shared, 1)
+        self._sock.setblocking(False)
+        self._sock.bind(("", DISCOVERY_PORT))
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -1602,9 +1607,8 @@ class Discovery:
 
     def answer(self) -> bool:
         """Read one datagram, and answer it if it is a question; return whether to go on. Never blocks."""
-        now = time.monotonic()
-        if now - self._second >= 1.0:
-            self._second, self._count, self._answers = now, 0, collections.Counter()
+        if self._second != (second := int(time.monotonic())):
+            self._second, self._count, self._answers = second, 0, collections.Counter()
         self._count += 1
         with contextlib.suppress(OSError):  # it is none, or too long for Windows, or there is no way back to the asker
             data, (host, port) = self._sock.recvfrom(QUESTION_BYTES + 1)
@@ -1617,24 +1621,6 @@ class Discovery:
     def close(self) -> None:
         """Answer no more."""
         self._sock.close()
-
-
-def open_discovery(port: int, errors: Writer) -> Discovery | None:
-    """Return what answers for a chat on ``port``, or None after saying why there is no such thing."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        # So that a second server on this machine hears the questions too.
-        if sys.platform == "darwin":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setblocking(False)
-        sock.bind(("", DISCOVERY_PORT))
-    except OSError as error:
-        sock.close()
-        errors.say(f"--lan finds no server here: UDP port {DISCOVERY_PORT}: {error.strerror}; others join by address.")
-        return None
-    return Discovery(sock, port)
 
 
 # --- Guests: who may come in, and how much each may say; off until asked for, a reader may skip it --------------------
@@ -2486,19 +2472,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     port.add_argument("--port", type=a_port, default=DEFAULT_PORT, dest="port_option", metavar="PORT", help="the same")
     parser.add_argument("--max-clients", type=count, metavar="N", help="so many at once (default: no limit)")
     parser.add_argument("--max-per-host", type=count, metavar="N", help="so many from one host (default: no limit)")
-    parser.add_argument(
-        "--allow", type=network, action="append", metavar="NETWORK", help="let in from there alone (default: all)"
-    )
+    parser.add_argument("--allow", type=network, action="append", metavar="NETWORK", help="nobody else (default: all)")
     parser.add_argument("--password-file", metavar="FILE", help="what newcomers must say (default: MYCHAT_PASSWORD)")
-    parser.add_argument(
-        "--rate", type=count, metavar="LINES", help="that a client may say a second (default: no limit)"
-    )
+    parser.add_argument("--rate", type=count, metavar="LINES", help="a second from each (default: no limit)")
     parser.add_argument("--quiet", action="store_true", help="do not show chat lines and names (default: show them)")
     parser.add_argument("--welcome", type=welcome, metavar="TEXT", help="say TEXT to newcomers (default: nothing)")
     parser.add_argument("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
-    parser.add_argument(
-        "--history", type=number(0, 1_000_000), default=0, metavar="N", help="tell newcomers N lines (default: 0)"
-    )
+    parser.add_argument("--history", type=number(0, 1_000_000), metavar="N", help="newcomers hear N lines (default: 0)")
     parser.add_argument("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
     parser.add_argument("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
     parser.add_argument("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
@@ -2533,7 +2513,13 @@ def serve(options: argparse.Namespace) -> int:
         options.welcome or "",
     )
     link = Link(room, console, errors, options) if options.nats else None
-    discovery = open_discovery(listener.getsockname()[1], errors) if options.lan else None
+    discovery = None
+    if options.lan:
+        try:
+            discovery = Discovery(listener.getsockname()[1])
+        except OSError as error:
+            problem = f"UDP port {DISCOVERY_PORT}: {error.strerror}; others join by address."
+            errors.say(f"--lan finds no server here: {problem}")
     say_where(console, errors, listener, guests, options.lan, discovery is not None)
     if link:
         link.start()

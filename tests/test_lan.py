@@ -359,13 +359,13 @@ def discovery(host_name: str = "annas-laptop") -> Iterator[tuple[mychatserver.Di
     """Give a discovery on a port of its own, and a socket to ask it by, on loopback."""
     with (
         mock.patch("socket.gethostname", return_value=host_name),
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as answering,
+        mock.patch.object(mychatserver, "DISCOVERY_PORT", 0),
+        contextlib.closing(mychatserver.Discovery(12_345)) as answering,
+        socket.socket(fileno=os.dup(answering.fileno())) as same,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking,
     ):
-        answering.bind(("", 0))
-        answering.setblocking(False)
-        asking.connect((LOOPBACK, answering.getsockname()[1]))
-        yield mychatserver.Discovery(answering, 12_345), asking
+        asking.connect((LOOPBACK, same.getsockname()[1]))
+        yield answering, asking
 
 
 def question(number: int) -> bytes:

@@ -171,7 +171,8 @@ class Discovery(unittest.TestCase):
     @example(b"mychat?1 0123456789abcdef".ljust(128))
     def test_only_a_question_gets_an_answer_and_that_is_shorter(self, data: bytes) -> None:
         self.sock.reset_mock()
-        discovery = mychatserver.Discovery(self.sock, 54_321)
+        with mock.patch("socket.socket", return_value=self.sock):
+            discovery = mychatserver.Discovery(54_321)
         self.sock.recvfrom.side_effect = [(data, ("10.0.0.1", 9)), BlockingIOError]
         discovery.answer()
         answers = [call.args for call in self.sock.sendto.call_args_list]
