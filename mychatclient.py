@@ -11,8 +11,8 @@ The threads, and who owns what
     receive   reads the connection, has the screen show what came, and connects again. When nothing more comes it
               interrupts the input loop.
 
-The chat runs over a plain socket. ``--tls`` and ``--ssh`` put something in between, on the other end of a socket pair:
-a thread that encrypts, or the user's own ssh. ``--lan`` finds a server on the same network.
+With ``--ssh`` the chat's socket is one end of a pair, whose other end the user's own ssh has. ``--lan`` finds a server
+on the same network.
 
 The wire is lines of UTF-8, as the server's docstring tells. A server that never sends a newline is shown too: what it
 sent counts as a line after a second of silence.
@@ -65,6 +65,7 @@ FAREWELL = "Disconnected from server"
 READ_BYTES = 65_536  # read at once, from the connection and from a pipe
 MAX_LINE_BYTES = 65_536  # that a person may send: what the server takes
 INTERRUPT_SECONDS = 0.05  # between signals to the main thread: one may come just before it blocks
+STUCK_SECONDS = 1.0  # in which a line can be shown, unless nobody reads
 
 
 # --- Lines: what may be shown, on anybody's screen --------------------------------------------------------------------
@@ -223,11 +224,19 @@ class Screen:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
         return True
 
+    def look_up(self) -> None:
+        """Have the main thread look for signals, if one can come together with a key and not end its wait."""
+
     # Runs in the main thread
 
     def say(self, text: str) -> None:
         """Show a line of our own."""
         self._write(f"{text}\n".encode())
+
+    def say_last(self, text: str) -> None:
+        """The same; nobody shows anything behind it. Show nothing if somebody is stuck in showing something."""
+        if self._lock.acquire(timeout=STUCK_SECONDS):  # for good
+            self.say(text)
 
     def notice(self, text: str) -> None:
         """Show a notice of our own as if it came from the server."""
@@ -348,6 +357,9 @@ if sys.platform != "win32":
             self.wake()
             while not self._shown.wait(INTERRUPT_SECONDS):
                 self.wake()
+
+        def look_up(self) -> None:
+            self.wake()
 
         # Runs in the main thread
 
@@ -598,14 +610,19 @@ SILENCE_SECONDS = 1.0  # after which a server that never sends a newline has fin
 DOUBTED_LINES = 1_000  # at most, of which it is told that they were perhaps not delivered
 DOUBT_SECONDS = 60.0  # after which a line has most probably arrived, where nothing tells what is on its way
 REFUSED = b"* refused: "  # how a server begins that turns somebody away
-ADMITTED_SECONDS = 0.5  # in which it has said so
-TURNED_AWAY = "the server has turned this client away; try again later."
+TRY_LATER = "try again later, or ask whoever runs it."
+TURNED_AWAY = f"the server has turned this client away; {TRY_LATER}"
+SERVER_CLOSED = f"the server closed the connection; {TRY_LATER}"
 NEEDS_TLS = "that server speaks TLS; join it with --tls, or with --tls-ca and its certificate."
-SERVER_CLOSED = "the server closed the connection; try again later."
+TIMEOUTS = socket.timeout, TimeoutError  # the same from 3.10 on
 
 
 class NotConnected(Exception):
-    """Why there is no connection, and what to do, as one sentence."""
+    """Why there is no connection, or none any more, and what to do, as one sentence."""
+
+
+class Closed(NotConnected):
+    """The same, where the server has ended it: no surprise once we have half-closed it."""
 
 
 class FatalConnectError(NotConnected):
@@ -613,34 +630,69 @@ class FatalConnectError(NotConnected):
 
 
 class Connection:
-    """A way to the server: the socket that the chat runs on, and what only the one on the network can tell.
+    """A way to the server. One thread may receive while another sends; either may close it."""
 
-    These two are one, unless somebody pumps in between: TLS, which knows the network's, or ssh, which does not tell.
-    """
-
-    def __init__(self, sock: socket.socket, network: socket.socket | None) -> None:
+    def __init__(self, sock: socket.socket, is_direct: bool = True) -> None:
         self.sock = sock
-        self._network = network
-        # What a server calls us first if it is no further than the other end: nothing for the way by ssh.
-        self.label = str(network.getsockname()[1]) if network else ""
-        # Set by the pump's thread.
-        self.pumped_bytes = 0  # that it holds, and at its end what the network has not taken
-        self.problem = ""  # why it has given up; set before the socket ends
-        # Set by the main thread.
+        self._is_direct = is_direct  # else its other end is that of ssh, which tells nothing of the network
+        # What a server calls us first if it is no further than the other end.
+        self.label = str(sock.getsockname()[1]) if is_direct else ""
+        self._unread = b""  # received, and put back
+        # Set by who sends.
         self._sent_bytes = 0
         self._lines: collections.deque[tuple[int, float]] = collections.deque(maxlen=DOUBTED_LINES)  # end, and when
 
-    def unsent(self) -> int | None:
-        """Return how many bytes the other side has not acknowledged, or nearly; None where nothing tells."""
-        if sys.platform != "linux" or not self._network:
-            return None
-        return self.pumped_bytes + sum(unsent_bytes(sock) for sock in {self.sock, self._network})
+    def receive(self, seconds: float) -> bytes | None:
+        """Return what comes next, nothing at the end, None if nothing comes in so many seconds. Raises OSError."""
+        # Not by the socket's own time-out, which would hold for who sends, too.
+        data, self._unread = self._unread, b""
+        return data or self._receive(seconds)
+
+    def _receive(self, seconds: float) -> bytes | None:
+        return self.sock.recv(READ_BYTES) if is_ready(self.sock, selectors.EVENT_READ, seconds) else None
+
+    def put_back(self, data: bytes) -> None:
+        """Have what was received be received again, next."""
+        self._unread = data + self._unread
+
+    def peek(self, seconds: float) -> bytes | None:
+        """Return what comes next, as ``receive``, which returns it again."""
+        data = self.receive(seconds)
+        self.put_back(data or b"")
+        return data
+
+    def read_line(self, seconds: float) -> bytes:
+        """Return the next line, or what there is of it in so many seconds, at the end, or if it is far too long."""
+        deadline = time.monotonic() + seconds
+        text = b""
+        while b"\n" not in text and len(text) <= MAX_LINE_BYTES:
+            data = self.receive(max(0.0, deadline - time.monotonic()))
+            if not data:
+                break
+            text += data
+        line, newline, self._unread = text.partition(b"\n")
+        return line + newline
+
+    def send(self, data: bytes) -> None:
+        """Send all. Blocks; raises OSError."""
+        self.sock.sendall(data)
 
     def send_line(self, line: bytes) -> None:
         """Send a line that a person has entered, and remember that. Blocks; raises OSError."""
         self._sent_bytes += len(line)
         self._lines.append((self._sent_bytes, time.monotonic()))
-        self.sock.sendall(line)
+        self.send(line)
+
+    def half_close(self) -> None:
+        """Tell the server that no more will be sent. Raises OSError."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def unsent(self) -> int | None:
+        """Return how many bytes the other end has not acknowledged; None where nothing tells."""
+        if sys.platform == "linux" and self._is_direct:
+            with contextlib.suppress(OSError, ValueError):  # it is closed
+                return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return None
 
     def doubtful_lines(self) -> int:
         """Return how many of the lines that a person has entered were perhaps not delivered, now that it is lost."""
@@ -650,26 +702,19 @@ class Connection:
         return sum(end > self._sent_bytes - unsent for end, _ in list(self._lines))
 
     def close(self) -> None:
-        """Close the chat's socket; who pumps then closes the network's."""
+        """Close the socket; whoever waits for it notices."""
+        with contextlib.suppress(OSError):  # it is lost already
+            # Not an SSLSocket's own, behind which another thread would send plain text.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         self.sock.close()
 
 
-def unsent_bytes(sock: socket.socket) -> int:
-    """Return how many bytes the other end of a socket has not acknowledged, on Linux; 0 when it is closed."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, ValueError):  # it is closed
-            return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    return 0
-
-
-@contextlib.contextmanager
-def closed_on_error(sock: socket.socket | Connection) -> Iterator[None]:
-    """Close a socket if what is done with it fails."""
-    try:
-        yield
-    except BaseException:
-        sock.close()
-        raise
+def is_ready(sock: socket.socket, event: int, seconds: float | None) -> bool:
+    """Wait until a socket is ready to be read or written, so many seconds at most; return whether it is."""
+    # Not select(), which ends at descriptor 1023, nor DefaultSelector, which takes a descriptor for each wait.
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        selector.register(sock, event)
+        return bool(selector.select(seconds))
 
 
 def connect(host: str, port: int) -> socket.socket:
@@ -693,18 +738,17 @@ def connect(host: str, port: int) -> socket.socket:
     if isinstance(result[0], Exception):
         raise result[0]
     sock = result[0]
-    with closed_on_error(sock):
-        sock.settimeout(None)
-        if sock.getsockname() == sock.getpeername():  # our own end: the system gave us the port that nobody listens on
-            raise ConnectionRefusedError
-        options = dict(KEEPALIVE)
-        if os.isatty(0) and not ipaddress.ip_address(peer_host(sock)).is_loopback:
-            options["TCP_USER_TIMEOUT"] = VANISHED_SECONDS * 1_000  # keepalive does not ask while something is unsent
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in options.items():
-            with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    sock.settimeout(None)
+    if sock.getsockname() == sock.getpeername():  # our own end: the system gave us the port that nobody listens on
+        raise ConnectionRefusedError
+    options = dict(KEEPALIVE)
+    if os.isatty(0) and not ipaddress.ip_address(peer_host(sock)).is_loopback:
+        options["TCP_USER_TIMEOUT"] = VANISHED_SECONDS * 1_000  # keepalive does not ask while something is unsent
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in options.items():
+        with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return sock
 
 
@@ -724,10 +768,7 @@ CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds
         "No server at {host} port {port}: start mychatserver.py there, for other machines with --lan, "
         "or give another port.",
     ),
-    (
-        (socket.timeout, TimeoutError),
-        "No answer from {host} port {port}: check the address; a firewall or another network may be between.",
-    ),
+    (TIMEOUTS, "No answer from {host} port {port}: check the address; a firewall or another network may be between."),
     (OSError, "Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."),
 )
 
@@ -738,78 +779,40 @@ def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, 
     return sentence.format(error=error, host=host, port=port)
 
 
-def lost(error: OSError) -> str:
-    """Return why a connection was lost, and what to do."""
-    return f"{error.strerror or error}; check the network, and whether the server still runs."
+def blocks_from(connection: Connection) -> Iterator[bytes]:
+    """Yield what the server sends in blocks of whole lines to be shown, and nothing after a second of silence.
 
-
-def has_come(sock: socket.socket, seconds: float) -> bool:
-    """Wait until there is something to receive, or the end, so many seconds at most; return whether there is.
-
-    Not by the socket's own time-out, which would hold for who sends, too.
+    An unfinished last line is shown, too. As long as the server has sent no newline, a piece of two or more characters
+    and a second of silence are a line; but not when a piece of that line was a single character: then somebody types it
+    there, key by key. At the end raises Closed, NotConnected when it was lost, or FatalConnectError.
     """
-    return bool(ready([sock], [], seconds))
-
-
-def ready(readers: Sequence[Any], writers: Sequence[Any], seconds: float | None) -> list[Any]:
-    """Wait until one of these can be read or written, so many seconds at most; return those that can."""
-    # Not select(), which ends at descriptor 1023, nor DefaultSelector, which takes a descriptor for each wait.
-    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        for sock in {*readers, *writers}:
-            events = selectors.EVENT_READ * (sock in readers) | selectors.EVENT_WRITE * (sock in writers)
-            selector.register(sock, events)
-        return [key.fileobj for key, _ in selector.select(seconds)]
-
-
-def is_admitted(sock: socket.socket) -> bool:
-    """Return whether a server keeps us for ADMITTED_SECONDS. Blocks as long; raises OSError when it is lost already."""
-    if not has_come(sock, ADMITTED_SECONDS):
-        return True
-    beginning = sock.recv(100, socket.MSG_PEEK)
-    return bool(beginning) and not beginning.startswith(REFUSED)
-
-
-def received(sock: socket.socket, has_come: Callable[[socket.socket, float | None], bool]) -> Iterator[bytes]:
-    """Yield what the server sends in blocks of whole lines, an unfinished last one at end-of-file.
-
-    As long as the server has sent no newline, a piece of two or more characters and a second of silence are a line; but
-    not when a piece of that line was a single character: then somebody types it there, key by key.
-    Blocks in ``has_come`` until something comes. Raises OSError when the connection is lost.
-    """
-    partial = b""
-    sends_newlines = is_typed = False
-    while True:
-        waits = bool(partial) and not sends_newlines and not is_typed
-        is_silent = not has_come(sock, SILENCE_SECONDS if waits else None)
-        data = b"" if is_silent else sock.recv(READ_BYTES)
-        end = data.rfind(b"\n") + 1
+    data: bytes | None = None
+    block = partial = b""
+    begins, sends_newlines, is_typed = True, False, False
+    problem: NotConnected = Closed(SERVER_CLOSED)
+    while data != b"":
+        try:
+            data = connection.receive(SILENCE_SECONDS)
+        except OSError as error:
+            data = b""
+            problem = NotConnected(f"{error.strerror or error}; check the network, and whether the server still runs.")
+        partial += data or b""
+        end = partial.rfind(b"\n") + 1
         sends_newlines = sends_newlines or end > 0
-        block, partial = (partial + data[:end], data[end:]) if end else (b"", partial + data)
-        if partial and (not data or len(partial) > MAX_SHOWN_BYTES):
-            block, partial = block + partial + b"\n", b""
-        is_typed = bool(partial) and (is_typed or len(data.decode("utf-8", "replace")) == 1)
-        if block:
-            yield block
-        if not data and not is_silent:
-            return
-
-
-def read_line(sock: socket.socket, deadline: float) -> bytes:
-    """Read a line and no further; return what there is of it if it is far too long, or at end-of-file.
-
-    Blocks until the deadline at most, then raises a time-out, an OSError.
-    """
-    line = b""
-    try:
-        while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            byte = sock.recv(1)
-            if not byte:
-                break
-            line += byte
-    finally:
-        sock.settimeout(None)
-    return line
+        whole, partial = partial[:end], partial[end:]
+        is_silent = data is None and not sends_newlines and not is_typed
+        if partial and (is_silent or data == b"" or len(partial) > MAX_SHOWN_BYTES):
+            whole, partial = whole + partial + b"\n", b""
+        is_typed = bool(partial) and (is_typed or len((data or b"").decode("utf-8", "replace")) == 1)
+        if begins and whole:
+            check_beginning(whole)
+            begins = False
+        if whole or data is None:
+            yield clean(whole.replace(b"\r\n", b"\n"))
+        block = whole or block
+    if block[block.rfind(b"\n", 0, -1) + 1 :].startswith(REFUSED):
+        raise FatalConnectError(TURNED_AWAY)
+    raise problem
 
 
 def check_beginning(block: bytes) -> None:
@@ -870,27 +873,108 @@ def piped() -> Iterator[tuple[bytes, bool]]:
         before = (before + data)[-EXIT_BYTES:]
 
 
-# --- The conversation: one thread shows what comes, the main thread sends what is entered -----------------------------
+# --- Connections: one, or with --reconnect one after another ----------------------------------------------------------
 
-# By name, as Windows has not all of them. A handler that raises must not be called again until that is caught.
-WAKING = {number for number in signal.Signals if number.name == "SIGURG"}  # which nobody else sends us
-ENDING = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
-HANDLED = WAKING | ENDING | {number for number in signal.Signals if number.name in ("SIGTSTP", "SIGCONT")}
-LEAVE_SECONDS = 1.0  # for the server to close after exit, since what was sent has last moved on its way
-LEAVE_UNSEEN_SECONDS = 10.0  # the same where nothing tells what is on its way
 RECONNECT_SECONDS = 0.5, 1.0, 2.0, 5.0  # before each try to connect again; the last for ever
 STEADY_SECONDS = 10.0  # a connection that lasted so long: the pauses begin anew
+ADMITTED_SECONDS = 0.5  # in which a server that turns us away has said so
+
+
+class Connections:
+    """What comes from the server, and the way to it, whichever connection that is at the moment."""
+
+    def __init__(
+        self, first: Connection, style: Style, name: str, connect_again: Callable[[], Connection] | None
+    ) -> None:
+        self._style = style
+        self.connect_again = connect_again
+        # Set by the main thread: the ends that are no surprise. Closed, when the input has ended; any, after exit.
+        self.expected: tuple[type[NotConnected], ...] = ()
+        # Set by the receive thread.
+        self._name = name  # to ask the server for
+        self._tries = 0  # to connect again, since a connection was steady
+        self._begin(first)
+
+    # Runs in the receive thread
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield blocks of whole lines to be shown, and nothing now and then. Raises NotConnected at a bad end."""
+        while True:
+            begun = time.monotonic()
+            try:
+                yield from blocks_from(self.current)
+            except FatalConnectError:
+                raise
+            except self.expected:
+                return
+            except NotConnected:
+                doubtful = self.current.doubtful_lines()
+                if doubtful:
+                    lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
+                    yield f"* {lines} perhaps not delivered\n".encode()
+                if not self.connect_again:
+                    raise
+                yield b"* connection lost, trying again\n"
+                self.current.close()  # so that nobody sends
+                if time.monotonic() - begun > STEADY_SECONDS:
+                    self._tries = 0
+                while not self._has_reconnected(self.connect_again):
+                    yield b""
+                yield b"* connected again\n"
+
+    def _has_reconnected(self, connect_again: Callable[[], Connection]) -> bool:
+        """Try to connect after a pause; return whether that has worked. Raises FatalConnectError."""
+        time.sleep(RECONNECT_SECONDS[min(self._tries, len(RECONNECT_SECONDS) - 1)])
+        self._tries += 1
+        try:
+            connection = connect_again()
+            beginning = connection.peek(ADMITTED_SECONDS)
+        except FatalConnectError:
+            raise
+        except (OSError, UnicodeError, NotConnected):  # not yet
+            return False
+        if beginning is not None and (not beginning or beginning.startswith(REFUSED)):
+            connection.close()
+            return False
+        if self._style.own_label and not self._style.own_label[0].isdigit():  # not a port: the last name that we got
+            self._name = self._style.own_label
+        self._begin(connection)
+        return True
+
+    def _begin(self, connection: Connection) -> None:
+        """Have what is entered go to this connection, and be sent under our name."""
+        self._style.own_label = connection.label
+        if self._name:
+            self._style.asked_for = self._name
+            with contextlib.suppress(OSError):  # lost: the reading will tell
+                connection.send(f"/nick {self._name}\n".encode("utf-8", "replace"))
+        self.current = connection
+
+
+# --- The conversation: one thread shows what comes, the main thread sends what is entered -----------------------------
+
+# By name, as Windows has not all of them.
+ENDING = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
+HANDLED = ENDING | {number for number in signal.Signals if number.name in ("SIGURG", "SIGTSTP", "SIGCONT")}
+LEAVE_SECONDS = 1.0  # for the server to close after exit, since what was sent has last moved on its way
+LEAVE_UNSEEN_SECONDS = 10.0  # the same where nothing tells what is on its way
 NOT_SENT = "* not connected: this line was not sent"
 
 
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Have signals wait, in this thread and in those that it starts."""
-    before = block_signals()
-    try:
-        yield
-    finally:
-        block_signals(before)
+class Ended(BaseException):
+    """A signal ends the program; ``main`` has it do so when all has been left as it was."""
+
+
+def raise_ended(number: int, _: object) -> None:
+    """Be the handler of a signal that ends the program."""
+    raise Ended(number)
+
+
+def handle(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> None:
+    """Set the handler of signals, but of those that are ignored, as in a script's background job."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def block_signals(numbers: Iterable[int] = HANDLED) -> Iterable[int]:
@@ -906,126 +990,109 @@ def block_signals(numbers: Iterable[int] = HANDLED) -> Iterable[int]:
 def start_thread(function: Callable[..., object], *arguments: object) -> threading.Thread:
     """Start a thread that ends with the program; signals pass it by, so that all reach the main thread."""
     thread = threading.Thread(target=function, args=arguments, daemon=True)
-    with signals_blocked():
-        thread.start()
+    before = block_signals()
+    thread.start()
+    block_signals(before)
     return thread
 
 
-def handle(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> None:
-    """Set the handler of signals, but of those that are ignored, as in a script's background job."""
-    for number in numbers:
-        if number in WAKING or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
 class Conversation:
-    """A connection, or with ``connect_again`` one after another, from the greeting to the farewell.
+    """From the greeting to the farewell.
 
     It ends when the main thread has no more input and the server has closed, or was waited for; when a signal ends it;
-    or when nothing more comes. The last two get the main thread out of any wait: the receive thread sends it signals
-    until their handler has raised Interrupted.
+    or when nothing more comes. The last two get the main thread out of any wait: the handler of signals, which runs in
+    it, raises Interrupted. For the last, the receive thread sends a signal until that has happened.
     """
 
-    def __init__(
-        self, connection: Connection, screen: Screen, name: str, connect_again: Callable[[], Connection] | None
-    ) -> None:
+    def __init__(self, connections: Connections, screen: Screen) -> None:
+        self._connections = connections
         self._screen = screen
-        self._connect_again = connect_again
         self._is_typed = os.isatty(0)  # asked once: a terminal that has hung up is none any more
-        # Here come the numbers of signals, at once; CPython calls a handler later, when the main thread gets to it.
-        self._signals, self._wakeup = socket.socketpair()
-        self._wakeup.setblocking(False)
         # Set by the receive thread.
-        self._connection = connection
-        self._is_connected = True
-        self._name = name  # to ask the server for
-        self._problem: str | None = None  # why the connection was lost
         self._is_over = False  # nothing more comes
+        self._problem = ""  # why not, if that is a surprise; set before
         # Set by the main thread, where the handler of signals runs, too.
-        self._is_leaving = False  # the server's end-of-file is no surprise
-        self._is_interruptible = False  # it waits for input, or for the server to close
+        self._is_interruptible = False  # the handler may draw, and raise
         self._ended_by = 0  # this signal
 
     # Runs in the main thread
 
     def run(self) -> int:
-        """Send what is entered and show what comes, until one side leaves; return the exit status."""
-        receiver = threading.Thread(target=self._receive, daemon=True)
+        """Send what is entered and show what comes, until one side leaves; return the exit status. Raises Ended.
+
+        To be called with the signals blocked.
+        """
+        handle(ENDING, self._on_signal)
+        if sys.platform != "win32":
+            signal.signal(signal.SIGURG, self._on_signal)
         try:
             self._is_interruptible = True
-            signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-            if self._ended_by:  # already
-                raise Interrupted
+            block_signals(())
             self._screen.say(GREETING)
-            self._ask_for_name()
-            with signals_blocked():
-                receiver.start()
-            if self._send_input():
-                self._wait_for_server(receiver, is_patient=not self._is_typed)
-            else:  # lost: the receive thread shows what had come, and may know why
-                self._wait_for_server(receiver, is_patient=True)
-                self._problem = self._problem or SERVER_CLOSED
+            start_thread(self._receive)
+            is_sent = self._send_input()
+            if is_sent or not self._connections.connect_again:
+                self._wait_for_server(is_patient=not (is_sent and self._is_typed))
+            self._is_interruptible = False
         except Interrupted:
             pass
         except KeyboardInterrupt:  # a key to the line editor, not a signal
+            self._is_interruptible = False
             self._ended_by = signal.SIGINT
-        self._is_interruptible = False
         block_signals(())
-        if not self._is_over and self._is_connected:
-            with contextlib.suppress(BlockingIOError):  # it is full: the receive thread wakes anyway
-                self._wakeup.send(b"\0")
-            if receiver.is_alive():
-                receiver.join(LEAVE_SECONDS)
-        is_stuck = receiver.is_alive() and not self._is_over and self._is_connected
-        return self._farewell(is_stuck)
+        return self._farewell()
 
     def _send_input(self) -> bool:
         """Send what is entered, up to its end; return whether that worked. Blocks."""
+        connections = self._connections
+        for data, is_exit in typed(self._screen) if self._is_typed else piped():
+            if is_exit:
+                connections.expected = (NotConnected,)
+            is_sent = self._send(data)
+            if is_exit:
+                return is_sent and self._half_close()
+            if not is_sent:
+                if not connections.connect_again:
+                    return False
+                self._screen.notice(NOT_SENT)
+        connections.expected = (NotConnected,) if self._is_typed else (Closed,)
+        return self._half_close()
+
+    def _send(self, data: bytes) -> bool:
+        """Send what was entered; return whether that worked. Blocks."""
+        connection = self._connections.current
         try:
-            for data, is_exit in typed(self._screen) if self._is_typed else piped():
-                self._is_leaving = is_exit
-                self._send(data)
-                if is_exit:
-                    break
-            self._is_leaving = True
-            if self._is_connected:
-                self._connection.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            return self._connect_again is not None  # where each line has been told
+            if self._is_typed:
+                connection.send_line(data)
+            else:
+                connection.send(data)
+        except OSError:  # lost: the receive thread tells
+            return False
+        command, _, name = data.strip().partition(b" ")
+        if command.lower() == b"/nick":
+            self._screen.style.asked_for = name[:100].decode("utf-8", "replace").strip()  # more is no name
         return True
 
-    def _send(self, data: bytes) -> None:
-        """Send what was entered, or say that it was not. Blocks; raises OSError when it never will be."""
-        if self._is_connected:
-            try:
-                if self._is_typed:
-                    self._connection.send_line(data)
-                else:
-                    self._connection.sock.sendall(data)
-            except OSError:
-                if not self._connect_again:
-                    raise
-            else:
-                command, _, name = data.strip().partition(b" ")
-                if command.lower() == b"/nick":
-                    self._screen.style.asked_for = name[:100].decode("utf-8", "replace").strip()  # more is no name
-                return
-        if not self._is_leaving:
-            self._screen.notice(NOT_SENT)
+    def _half_close(self) -> bool:
+        try:
+            self._connections.current.half_close()
+        except OSError:  # lost: the receive thread tells
+            return False
+        return True
 
-    def _wait_for_server(self, receiver: threading.Thread, is_patient: bool) -> None:
+    def _wait_for_server(self, is_patient: bool) -> None:
         """Wait for the server to close; unless patient, only while what was sent still moves on its way there."""
         moved, before = time.monotonic(), None
-        while not self._is_over and self._is_connected:
-            unsent = self._connection.unsent()
+        while not self._is_over:
+            unsent = self._connections.current.unsent()
             if unsent != before:
                 moved, before = time.monotonic(), unsent
             seconds = LEAVE_UNSEEN_SECONDS if unsent is None else LEAVE_SECONDS
             if not is_patient and time.monotonic() - moved > seconds:
                 return
-            receiver.join(INTERRUPT_SECONDS)
+            time.sleep(INTERRUPT_SECONDS)
 
-    def on_signal(self, number: int, _: object) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         """Note a signal that ends the program; draw what waits to be drawn; when all is over, raise Interrupted, once.
 
         No handler may run while what another has raised is on its way out of ``input``: CPython would take its results
@@ -1034,166 +1101,55 @@ class Conversation:
         """
         if number in ENDING:
             if self._ended_by:  # the first was of no use: the screen may be stuck
-                self._die(number)
+                raise Ended(number)
             self._ended_by = number
-        if sys.platform != "win32" and number != signal.SIGURG:
-            signal.raise_signal(signal.SIGURG)
-            return
-        if self._screen.is_busy:  # the receive thread tries again
+            if sys.platform != "win32":
+                signal.raise_signal(signal.SIGURG)
+                return
+        if not self._is_interruptible or self._screen.is_busy:  # the receive thread tries again
             return
         self._screen.is_busy = True
         try:
             self._screen.draw()
-            if self._is_interruptible and (self._ended_by or self._is_over):
+            if self._ended_by or self._is_over:
                 self._is_interruptible = False
                 self._screen.end_line(self._ended_by == signal.SIGINT)
         finally:
             self._screen.is_busy = False
 
-    def _farewell(self, is_stuck: bool = False) -> int:
+    def _farewell(self) -> int:
         """Say how the conversation ended; return the exit status. Also runs in the receive thread, on Windows."""
         forget_typed()
-        if self._ended_by == signal.SIGINT:
-            if not is_stuck:  # in showing something, as this would be
-                self._screen.say(FAREWELL)
-            return 130
-        if self._ended_by:
-            self._die(self._ended_by)
-        if self._screen.gone:
+        if self._ended_by not in (0, signal.SIGINT):
+            raise Ended(self._ended_by)
+        if self._screen.gone and not self._ended_by:
             if self._screen.problem:
                 warn(f"Cannot show what comes: {self._screen.problem}; give standard output another place.")
             return 1 if self._screen.problem else 0
-        if self._problem:
+        if self._problem and not self._ended_by:
             warn(f"Connection lost: {self._problem}")
-        self._screen.say(FAREWELL)
-        return 1 if self._problem else 0
-
-    def _die(self, number: int) -> None:
-        """End by a signal, at once, with the terminal as it was."""
-        self._screen.close()
-        signal.signal(number, signal.SIG_DFL)
-        block_signals(())
-        signal.raise_signal(number)
+        self._screen.say_last(FAREWELL)
+        return 130 if self._ended_by else 1 if self._problem else 0
 
     # Runs in the receive thread
 
     def _receive(self) -> None:
         """Show what comes until the last connection ends; then get the main thread out of its wait."""
-        tries = 0  # to connect again, since a connection was steady
         try:
-            while True:
-                begun = time.monotonic()
-                self._problem = self._show_what_comes()
-                if time.monotonic() - begun > STEADY_SECONDS:
-                    tries = 0
-                if not self._problem or self._is_leaving:
+            for block in self._connections.blocks():
+                if block:
+                    self._screen.show(block)
+                else:
+                    self._screen.look_up()
+                if self._screen.gone:
                     break
-                self._tell_loss()
-                if not self._connect_again:
-                    break
-                self._problem = None  # it has been told
-                tries = self._reconnect(self._connect_again, tries)
-        except Interrupted:
-            pass  # the main thread leaves
-        except FatalConnectError as error:
+        except NotConnected as error:
             self._problem = str(error)
         self._is_over = True
         while self._is_interruptible:
             if not self._screen.wake():
                 os._exit(self._farewell())
             time.sleep(INTERRUPT_SECONDS)  # a wake-up just before the main thread blocks is not seen: once more
-
-    def _has_come(self, sock: socket.socket | None, seconds: float | None) -> bool:
-        """Wait until there is something to receive, so many seconds at most, and see to it that signals are handled.
-
-        One that comes together with a key, or just before the main thread blocks, does not interrupt it. Raises
-        Interrupted when the main thread leaves.
-        """
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found = ready([self._signals, *([sock] if sock else [])], [], left)
-            numbers = self._signals.recv(READ_BYTES) if self._signals in found else b""
-            if not self._is_interruptible:
-                raise Interrupted
-            if not WAKING.issuperset(numbers):
-                time.sleep(INTERRUPT_SECONDS)  # by then it has been handled, or the main thread blocks
-                self._screen.wake()
-            if sock in found or not found:
-                return bool(found)
-
-    def _show_what_comes(self) -> str | None:
-        """Show what comes until the connection ends; return why it was lost, if it was.
-
-        Raises FatalConnectError where connecting again would be no use, and Interrupted.
-        """
-        begun = time.monotonic()
-        number, block = 0, b""
-        try:
-            for number, block in enumerate(received(self._connection.sock, self._has_come), 1):
-                if number == 1:
-                    check_beginning(block)
-                block = clean(block.replace(b"\r\n", b"\n"))
-                self._screen.show(block)
-                if self._screen.gone:
-                    return None
-        except OSError as error:
-            return lost(error)
-        if block[block.rfind(b"\n", 0, -1) + 1 :].startswith(REFUSED):
-            if number > 1 or not block.startswith(REFUSED) or time.monotonic() - begun > ADMITTED_SECONDS:
-                raise FatalConnectError(TURNED_AWAY)  # it had let us in
-            return TURNED_AWAY
-        return self._connection.problem or (None if self._is_leaving else SERVER_CLOSED)
-
-    def _tell_loss(self) -> None:
-        doubtful = self._connection.doubtful_lines()
-        lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
-        told = f"* {lines} perhaps not delivered\n" if doubtful else ""
-        told += "* connection lost, trying again\n" if self._connect_again else ""
-        if told:
-            self._screen.show(told.encode())
-
-    def _reconnect(self, connect_again: Callable[[], Connection], tries: int) -> int:
-        """Try to connect until that works, and say so; return how often that was tried since one was steady.
-
-        Raises Interrupted when the main thread leaves, and FatalConnectError.
-        """
-        self._is_connected = False
-        with contextlib.suppress(OSError):  # whoever is sending is to notice
-            self._connection.sock.shutdown(socket.SHUT_RDWR)
-        while True:
-            self._has_come(None, RECONNECT_SECONDS[min(tries, len(RECONNECT_SECONDS) - 1)])
-            tries += 1
-            try:
-                connection = connect_again()
-            except FatalConnectError:
-                raise
-            except (OSError, UnicodeError, NotConnected):  # not yet
-                continue
-            with contextlib.suppress(OSError):  # nor is that one
-                if is_admitted(connection.sock):
-                    break
-            connection.close()
-        if self._is_leaving or not self._is_interruptible:
-            raise Interrupted
-        before, self._connection = self._connection, connection
-        before.close()
-        style = self._screen.style
-        if style.own_label and not style.own_label[0].isdigit():  # not a port: the last name that we got
-            self._name = style.own_label
-        style.own_label = connection.label
-        self._ask_for_name()
-        self._is_connected = True
-        self._screen.show(b"* connected again\n")
-        return tries
-
-    # Runs in either
-
-    def _ask_for_name(self) -> None:
-        if self._name:
-            self._screen.style.asked_for = self._name
-            with contextlib.suppress(OSError):  # lost: the reading will tell
-                self._connection.sock.sendall(f"/nick {self._name}\n".encode("utf-8", "replace"))
 
 
 # --- A password: what some servers ask for before anything else -------------------------------------------------------
@@ -1203,6 +1159,7 @@ QUESTION_SECONDS = 2.0  # in which a server has asked that wants the password th
 ASKED_SECONDS = 0.1  # in which it has asked otherwise, and twice the time that connecting took
 ANSWER_SECONDS = 10.0  # in which it has taken or refused what it was given
 TRIES = 3  # for who types it: what the server allows
+UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")  # with which Windows' editors begin a file
 NOT_ASKED = "The server asked for no password."
 WRONG = "Wrong password: ask whoever runs the server for it, and try again."
 UNANSWERED = "A password is asked for: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
@@ -1217,92 +1174,51 @@ class Password:
         self._can_ask = is_typed or (not known and os.isatty(0))  # a person, once: not in mid-chat
         self._has_joined = False  # from then on the screen is the chat's
 
-    def enter(self, sock: socket.socket, connecting_seconds: float) -> None:
+    def enter(self, connection: Connection, connecting_seconds: float) -> None:
         """Wait for the server to ask for the password, and give it; without a question, return.
 
         Blocks for a person who has to type it. Raises EOFError at Ctrl-D, OSError, NotConnected or FatalConnectError.
         """
-        seconds = QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds
-        beginning = first_bytes(sock, seconds)
-        if beginning.startswith(QUESTION):
-            read_line(sock, time.monotonic() + ANSWER_SECONDS)
-            for tries_left in range(TRIES, 0, -1):
-                if not self._known and not self._can_ask:
-                    raise FatalConnectError(UNANSWERED)
-                password = self._known or password_typed()
-                if self._opens(sock, password):
-                    self._known = password
-                    break
-                if not self._can_ask or tries_left == 1:
-                    raise FatalConnectError(WRONG)
-                warn("Wrong password, try again.")
-                self._known = b""
-        elif self._known and not beginning.startswith(REFUSED) and not self._has_joined:
-            warn(NOT_ASKED)
+        beginning = connection.read_line(QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds)
+        if beginning == QUESTION:
+            self._answer(connection)
+        else:
+            connection.put_back(beginning)
+            if self._known and not beginning.startswith(REFUSED) and not self._has_joined:
+                warn(NOT_ASKED)
         self._can_ask, self._has_joined = False, True
 
-    @staticmethod
-    def _opens(sock: socket.socket, password: bytes) -> bool:
-        """Give a password; return whether it is the right one. Blocks ANSWER_SECONDS at most."""
-        sock.sendall(password + b"\n")
-        reply = read_line(sock, time.monotonic() + ANSWER_SECONDS)
-        if reply not in (b"* password accepted\n", b"* wrong password\n", REFUSED + b"wrong password\n"):
-            said = clean(reply).decode().strip("* \n") or "it closed the connection"
-            raise NotConnected(f"The server has not let us in: {said}; try again later.")
-        return reply == b"* password accepted\n"
-
-
-def first_bytes(sock: socket.socket, seconds: float) -> bytes:
-    """Return how a connection begins, unread; nothing if nothing comes in so many seconds. Raises OSError."""
-    deadline = time.monotonic() + seconds
-    beginning = b""
-    while (left := deadline - time.monotonic()) > 0 and has_come(sock, left):
-        beginning = sock.recv(READ_BYTES, socket.MSG_PEEK)
-        if not beginning or not QUESTION.startswith(beginning) or beginning == QUESTION:
-            break
-        time.sleep(INTERRUPT_SECONDS)  # the rest of the line is on its way
-    return beginning
+    def _answer(self, connection: Connection) -> None:
+        for tries_left in range(TRIES, 0, -1):
+            if not self._known and not self._can_ask:
+                raise FatalConnectError(UNANSWERED)
+            self._known = self._known or password_typed()
+            connection.send(self._known + b"\n")
+            reply = connection.read_line(ANSWER_SECONDS)
+            if reply == b"* password accepted\n":
+                return
+            if reply not in (b"* wrong password\n", REFUSED + b"wrong password\n"):
+                said = clean(reply).decode().strip("* \n") or "it has not answered"
+                raise NotConnected(f"The server has not let us in: {said}; {TRY_LATER}")
+            if not self._can_ask or tries_left == 1:
+                raise FatalConnectError(WRONG)
+            warn("Wrong password, try again.")
+            self._known = b""
 
 
 def password_typed() -> bytes:
-    """Ask for the password. Blocks; raises EOFError at Ctrl-D and ``exit``, FatalConnectError without a terminal."""
+    """Ask for the password, unseen. Blocks; raises EOFError at Ctrl-D and ``exit``, NotConnected without a terminal."""
     try:
-        password = line_unseen()
+        if sys.platform != "win32":
+            os.close(os.open("/dev/tty", os.O_RDWR))  # or getpass would read standard input
+        password = getpass.getpass()
     except OSError:  # the terminal is not this process's own, as under ``su -c``
         raise FatalConnectError(UNANSWERED) from None
-    if password.strip().lower() == b"exit":
+    except UnicodeDecodeError:
+        return b"\xff"  # as wrong as what was typed
+    if password.strip().lower() == "exit":
         raise EOFError
-    return password
-
-
-def line_unseen() -> bytes:
-    """Return what is typed on this process's terminal, wherever standard input comes from. Raises EOFError, OSError."""
-    if sys.platform == "win32":
-        return getpass.getpass("Password: ").encode("utf-8", "replace")
-    # Elsewhere a signal that ends the program in the middle of getpass leaves the terminal without echo.
-    with open("/dev/tty", "r+b", buffering=0) as terminal, contextlib.ExitStack() as undo:
-        as_it_was = termios.tcgetattr(terminal)
-        unseen = [*as_it_was]
-        unseen[3] &= ~termios.ECHO
-
-        def end(number: int, _: object) -> None:
-            termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-        ending = signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-        for number in (signal.SIGTSTP, *ending):
-            undo.callback(signal.signal, number, signal.getsignal(number))
-        undo.callback(terminal.write, b"\n")
-        undo.callback(termios.tcsetattr, terminal, termios.TCSANOW, as_it_was)
-        handle(ending, end)
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # after Ctrl-Z what is typed would be shown
-        termios.tcsetattr(terminal, termios.TCSAFLUSH, unseen)
-        terminal.write(b"Password: ")
-        line = terminal.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip(b"\n")
+    return password.encode("utf-8", "replace")
 
 
 def password_from(path: str | None) -> bytes:
@@ -1312,9 +1228,12 @@ def password_from(path: str | None) -> bytes:
         source = path
         try:
             with open(path, "rb", buffering=0) as file:  # no more than the line, if it is standard input
-                password = file.readline(MAX_LINE_BYTES + 3).removesuffix(b"\n").removesuffix(b"\r")
+                password = file.readline(MAX_LINE_BYTES + len(UTF8_MARK) + 3)
         except OSError as error:
             raise NotConnected(f"Cannot read {path}: {error.strerror}; give --password-file another file.") from None
+        if password.startswith(UTF16_MARKS):
+            raise NotConnected(f"{path} is in UTF-16, as Windows' Unicode: save it as UTF-8.")
+        password = password.removeprefix(UTF8_MARK).removesuffix(b"\n").removesuffix(b"\r")
     if b"\n" in password or b"\r" in password or len(password) > MAX_LINE_BYTES or (path is not None and not password):
         raise NotConnected(f"{source} holds no password: that is one line of 1 to {MAX_LINE_BYTES} bytes, the first.")
     return password
@@ -1338,25 +1257,24 @@ def find_servers() -> list[tuple[str, str, int]]:
     never less, because nothing tells that the last server has answered; when nobody answers, until the most were asked.
     """
     least, most = ASKS
+    token = secrets.token_hex(8).encode()  # an answer repeats it
+    # What is shown of an answer is safe on anybody's screen: it comes from strangers.
+    form = re.compile(rb"mychat!1 %s (\w{16}) (\d{1,5}) ([0-9A-Za-z.-]{1,63})" % token)
     found: dict[bytes, tuple[str, str, int]] = {}  # by the server's random id: one may be heard twice
-    tokens: set[bytes] = set()  # of our questions: an answer repeats one
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        for asked in range(1, most + 1):
-            token = secrets.token_hex(8).encode()
-            tokens.add(token)
+        for asked in range(most):
+            if found and asked >= least:
+                break
             ask(sock, (b"mychat?1 " + token).ljust(QUESTION_BYTES))
             deadline = time.monotonic() + ASK_SECONDS
             while (seconds := deadline - time.monotonic()) > 0:
                 sock.settimeout(seconds)
                 with contextlib.suppress(OSError):  # time is up; or, as Windows tells it, somebody cannot be asked
                     data, (host, _) = sock.recvfrom(QUESTION_BYTES)
-                    # What is shown of it is safe on anybody's screen: it comes from strangers.
-                    answer = re.fullmatch(rb"mychat!1 (\w{16}) (\w{16}) (\d{1,5}) ([0-9A-Za-z.-]{1,63})", data)
-                    if answer and answer[1] in tokens and 0 < int(answer[3]) <= 65_535 and len(found) < MOST_FOUND:
-                        found.setdefault(answer[2], (answer[4].decode(), host, int(answer[3])))
-            if found and asked >= least:
-                break
+                    answer = form.fullmatch(data)
+                    if answer and 0 < int(answer[2]) <= 65_535 and len(found) < MOST_FOUND:
+                        found.setdefault(answer[1], (answer[3].decode(), host, int(answer[2])))
     return sorted(found.values())
 
 
@@ -1402,6 +1320,49 @@ CERTIFICATE_PROBLEMS = {  # by X509_V_ERR_...: openssl-verification-options(1)
 }
 
 
+class SecureConnection(Connection):
+    """The same, encrypted."""
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        super().__init__(sock)
+        self._ssl = sock
+        self._lock = threading.Lock()  # OpenSSL's, which two threads must not use at once; nothing waits with it held
+        self._last = b"\n"  # byte that was sent
+
+    def _receive(self, seconds: float) -> bytes | None:
+        data: bytes | None = self._do(self._ssl.recv, READ_BYTES, seconds)
+        return data
+
+    def send(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._do(self._ssl.send, rest) or 0 :]
+        self._last = data[-1:]
+
+    def half_close(self) -> None:
+        """Send ``exit``: TLS's own end would leave no way to say why the connection ends."""
+        self.send(b"exit\n" if self._last == b"\n" else b"\nexit\n")
+
+    def _do(self, call: Callable[[Any], Any], argument: object, seconds: float | None = None) -> Any:
+        """Return what a call of OpenSSL does; None if it has to wait for the network longer than that."""
+        import ssl
+
+        while True:
+            try:
+                with self._lock:
+                    return call(argument)
+            except ssl.SSLWantReadError:
+                event = selectors.EVENT_READ
+            except ssl.SSLWantWriteError:
+                event = selectors.EVENT_WRITE
+            except ssl.SSLError as error:
+                raise OSError(
+                    "it was cut off, without TLS's own end" if is_cut(error) else f"TLS failed: {error.reason}"
+                ) from None
+            if not is_ready(self.sock, event, seconds):
+                return None
+
+
 def tls_context(authority: str | None) -> ssl.SSLContext:
     """Return what checks servers: by the system's authorities, or the one in this PEM file. Raise NotConnected."""
     try:
@@ -1428,113 +1389,46 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
     Blocks HANDSHAKE_SECONDS at most. Raises NotConnected, or FatalConnectError for a server that is another or has no
     TLS. Nothing is sent but TLS.
     """
+    try:
+        sock = secure = context.wrap_socket(
+            sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
+        )
+        secure.settimeout(HANDSHAKE_SECONDS)  # for all of it: the ssl module sees to that
+        secure.do_handshake()
+        secure.setblocking(False)
+        return SecureConnection(secure)
+    except (OSError, ValueError) as error:
+        problem = tls_problem(error, sock, host, f"{host} port {port}")
+        sock.close()
+        raise problem from None
+
+
+def tls_problem(error: OSError | ValueError, sock: socket.socket, host: str, where: str) -> NotConnected:
+    """Return why there is no TLS, and what to do."""
     import ssl
 
-    where = f"{host} port {port}"
-    try:
-        with closed_on_error(sock):
-            secure = context.wrap_socket(
-                sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
-            )
-        with closed_on_error(secure):
-            shake_hands(secure)
-            ours, theirs = socket.socketpair()
-    except ssl.SSLCertVerificationError as error:
-        problem = CERTIFICATE_PROBLEMS.get(
-            error.verify_code, f"does not do: {error.verify_message}; ask whoever runs that server."
+    if isinstance(error, ssl.SSLCertVerificationError):
+        other = f"does not do: {error.verify_message}; ask whoever runs that server."
+        return FatalConnectError(f"The certificate of {where} {CERTIFICATE_PROBLEMS.get(error.verify_code, other)}")
+    if isinstance(error, TIMEOUTS):
+        return NotConnected(
+            f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
         )
-        raise FatalConnectError(f"The certificate of {where} {problem}") from None
-    except (socket.timeout, TimeoutError):
-        problem = f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
-    except OSError as error:
-        if isinstance(error, ssl.SSLError) and not is_cut(error):
-            raise FatalConnectError(
-                f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})"
-            ) from None
-        # As mychatserver.py ends it when it has no certificate.
-        problem = f"{where} ends the connection when asked for TLS: leave --tls out if that server has none."
-    except ValueError:
-        problem = f"No certificate can be for {host!r}: join by the name or address that the server's has."
-    else:
-        connection = Connection(ours, network=secure)
-        start_thread(pump_tls, connection, secure, theirs)
-        return connection
-    raise NotConnected(problem)
+    if isinstance(error, ssl.SSLError) and not is_cut(error):
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):  # there is no more
+            # In plain text, of which the five bytes of a record's header are taken: there is no place for us.
+            if socket.socket.recv(sock, 100).startswith(REFUSED[5:]):
+                return NotConnected(f"The server has turned this client away; {TRY_LATER}")
+        return FatalConnectError(f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})")
+    if isinstance(error, OSError):  # as mychatserver.py ends it when it has no certificate
+        return NotConnected(f"{where} ends the connection when asked for TLS: leave --tls out if that server has none.")
+    return NotConnected(f"No certificate can be for {host!r}: join by the name or address that the server's has.")
 
 
 def is_cut(error: ssl.SSLError) -> bool:
     """Return whether TCP ended without TLS's own end: Python 3.9 has no exception of its own for that."""
     return type(error).__name__ == "SSLEOFError" or error.reason == "UNEXPECTED_EOF_WHILE_READING"
-
-
-def shake_hands(secure: ssl.SSLSocket) -> None:
-    """Have the server show who it is. Blocks HANDSHAKE_SECONDS at most. Raises OSError, or NotConnected."""
-    import ssl
-
-    secure.settimeout(HANDSHAKE_SECONDS)  # for all of it: the ssl module sees to that
-    try:
-        secure.do_handshake()
-    except ssl.SSLError:
-        # In plain text, of which the five bytes of a record's header are taken: there is no place for us.
-        secure.setblocking(False)
-        with contextlib.suppress(OSError):
-            if socket.socket.recv(secure, 100).startswith(REFUSED[5:]):
-                raise NotConnected("The server has turned this client away; try again later.") from None
-        raise
-    secure.setblocking(False)
-
-
-def pump_tls(connection: Connection, secure: ssl.SSLSocket, plain: socket.socket) -> None:
-    """Carry what is said between the network and a plain socket, whose other end the chat has, until either ends.
-
-    Runs in a thread of its own. Takes no more from either side than the other has taken. A plain socket that is
-    half-closed becomes a line ``exit``: TLS's own end would leave no way to say why the connection ends.
-    """
-    import ssl
-
-    outgoing = incoming = last = b""
-    takes = True  # from the chat: until that half-closes, or the network takes no more
-    would_block = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
-    plain.setblocking(False)
-    try:
-        while True:
-            connection.pumped_bytes = len(outgoing)
-            is_wanted = takes and not outgoing
-            readers = ([] if incoming else [secure]) + ([plain] if is_wanted else [])
-            writers = ([secure] if outgoing else []) + ([plain] if incoming else [])
-            if not secure.pending() or incoming:
-                ready(readers, writers, None)
-            if is_wanted:
-                with contextlib.suppress(*would_block):
-                    outgoing = plain.recv(READ_BYTES)
-                    takes = bool(outgoing)
-                    if not takes:
-                        outgoing = b"exit\n" if last in (b"", b"\n") else b"\nexit\n"
-                    last = outgoing[-1:]
-            if outgoing:
-                try:
-                    with contextlib.suppress(*would_block):
-                        outgoing = outgoing[secure.send(outgoing) :]
-                except OSError:  # lost: what had come is shown all the same, and the reading will tell
-                    takes, outgoing = False, b""
-            if not incoming:
-                with contextlib.suppress(*would_block):
-                    incoming = secure.recv(READ_BYTES)
-                    if not incoming:
-                        break
-            if incoming:
-                with contextlib.suppress(*would_block):
-                    incoming = incoming[plain.send(incoming) :]
-    except ssl.SSLError as error:
-        if is_cut(error):
-            connection.problem = "it was cut off, without TLS's own end; check the network."
-        else:
-            connection.problem = f"TLS failed: {error.reason}; check the network, and whether the server still runs."
-    except OSError as error:  # or the chat has closed its end
-        connection.problem = lost(error)
-    connection.pumped_bytes = len(outgoing) + unsent_bytes(secure)
-    plain.close()
-    secure.close()
 
 
 # --- Through ssh: to a server that only its own machine can reach; without --ssh nothing of this runs -----------------
@@ -1567,21 +1461,21 @@ def through_ssh(cleanup: contextlib.ExitStack, target: str, host: str, port: int
         sock, child = start_on_socket([*command, "--", target])
     except OSError as error:
         raise NotConnected(f"Cannot run ssh here: {error.strerror}; install the OpenSSH client.") from None
+    connection = Connection(sock, is_direct=False)
     cleanup.callback(end_child, child)
-    cleanup.callback(sock.close)
+    cleanup.callback(connection.close)
     deadline = time.monotonic() + SSH_SECONDS
     line = b"\n"
-    with contextlib.suppress(socket.timeout, TimeoutError):
-        while line.endswith(b"\n") and line.strip() != SSH_READY:
-            line = read_line(sock, deadline)
+    while line.endswith(b"\n") and line.strip() != SSH_READY:
+        line = connection.read_line(deadline - time.monotonic())
     if line.strip() != SSH_READY:
         raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
-    if has_come(sock, SSH_REFUSAL_SECONDS) and not sock.recv(1, socket.MSG_PEEK):
+    if connection.peek(SSH_REFUSAL_SECONDS) == b"":
         raise NotConnected(
             f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
-            "behind the host; ssh says above what it found."
+            "after the host; ssh says above what it found."
         )
-    return Connection(sock, network=None)
+    return connection
 
 
 def end_child(child: subprocess.Popen[bytes]) -> None:
@@ -1597,20 +1491,19 @@ def start_on_socket(command: list[str]) -> tuple[socket.socket, subprocess.Popen
     """Start a program, and return it and a socket that is its standard input and output. Raises OSError."""
     environment = {**os.environ, "SHELL": "/bin/sh"}  # a login shell may run nothing, or talk
     ours, theirs = socket.socketpair()
-    with closed_on_error(ours), closed_on_error(theirs):
-        if sys.platform != "win32":
+    if sys.platform != "win32":
+        with theirs:
             streams = theirs.fileno()
             child = subprocess.Popen(command, stdin=streams, stdout=streams, env=environment)  # noqa: S603 - no shell
-            theirs.close()
-        else:  # where a socket cannot be that: a pipe each way, and a thread that pumps
-            pipe = subprocess.PIPE
-            child = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe)  # noqa: S603 - no shell
-            assert child.stdin and child.stdout  # noqa: S101 - for mypy
-            receive = functools.partial(theirs.recv, READ_BYTES)
-            read = functools.partial(child.stdout.read, READ_BYTES)
-            no_more = functools.partial(theirs.shutdown, socket.SHUT_RDWR)
-            start_thread(pump, receive, child.stdin.write, child.stdin.close)
-            start_thread(pump, read, theirs.sendall, no_more, theirs.close)
+    else:  # where a socket cannot be that: a pipe each way, and a thread that pumps
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe)  # noqa: S603 - no shell
+        assert child.stdin and child.stdout  # noqa: S101 - for mypy
+        receive = functools.partial(theirs.recv, READ_BYTES)
+        read = functools.partial(child.stdout.read, READ_BYTES)
+        no_more = functools.partial(theirs.shutdown, socket.SHUT_RDWR)
+        start_thread(pump, receive, child.stdin.write, child.stdin.close)
+        start_thread(pump, read, theirs.sendall, no_more, theirs.close)
     return ours, child
 
 
@@ -1745,19 +1638,17 @@ def chat(options: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
             connection = through_ssh(cleanup, options.ssh, options.host, options.port)
         else:
             sock = connect(options.host, options.port)
-            connection = secured(sock, context, options.host, options.port) if context else Connection(sock, sock)
-        with closed_on_error(connection):
-            password.enter(connection.sock, time.monotonic() - begun)
+            connection = secured(sock, context, options.host, options.port) if context else Connection(sock)
+        password.enter(connection, time.monotonic() - begun)
         return connection
 
-    connection = join()
-    with signals_blocked():  # or a Ctrl-C could come when the terminal is changed and nobody can change it back
-        screen = screen_for(options, connection.label)
-        name = " ".join(options.name.split())
-        conversation = Conversation(connection, screen, name, join if options.reconnect else None)
-        handle(WAKING | ENDING, conversation.on_signal)
+    first = join()
+    block_signals()  # or a Ctrl-C could come when the terminal is changed and nobody can change it back
+    screen = screen_for(options, first.label)
     try:
-        return conversation.run()
+        name = " ".join(options.name.split())
+        connections = Connections(first, screen.style, name, join if options.reconnect else None)
+        return Conversation(connections, screen).run()
     finally:
         screen.close()
 
@@ -1769,6 +1660,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("Run this in a terminal: python mychatclient.py")
             return 1
         open_missing_descriptors()
+        handle(ENDING - {signal.SIGINT}, raise_ended)
         block_signals(())  # whatever our parent did
         options = parse_args(argv)
         with contextlib.ExitStack() as cleanup:
@@ -1782,6 +1674,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 1
     except KeyboardInterrupt:
         return 130
+    except Ended as end:
+        signal.signal(end.args[0], signal.SIG_DFL)
+        block_signals(())
+        signal.raise_signal(end.args[0])
+        return 1  # if that does not end it
 
 
 if __name__ == "__main__":

@@ -104,6 +104,14 @@ def refuse(connection: socket.socket) -> None:
         pass
 
 
+def reset(connection: socket.socket, last: bytes) -> None:
+    """Hear a line, say this, and reset the connection when it has most probably been read."""
+    connection.recv(100)
+    connection.sendall(last)
+    time.sleep(0.2)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
 @contextlib.contextmanager
 def silent_port() -> Iterator[int]:
     """Give a port that answers nobody, as behind a firewall that drops: its listener's queue is full."""
@@ -202,6 +210,37 @@ class Pipes(SharedServerTestCase):
             program.expect(FAREWELL)
             self.assertEqual(program.wait(), 1)
             self.assertRegex(program.errors(), r"^Connection lost: [^\n]+\n$")
+
+    def test_last_words_without_a_newline_are_shown_before_a_reset_is_told(self) -> None:
+        with home_made_server(lambda connection: reset(connection, b"1234:last wor")) as port, client(port) as program:
+            program.send(b"reset me\n")
+            program.expect(GREETING, "", "1234:last wor", FAREWELL)
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), r"^Connection lost: Connection reset by peer; [^\n]+\n$")
+
+    def test_a_refusal_is_told_whatever_follows_it(self) -> None:
+        for refusal in (f"{FULL}\n", FULL):
+            with (
+                self.subTest(refusal=refusal),
+                home_made_server(lambda connection: reset(connection, refusal.encode())) as port,  # noqa: B023
+                client(port) as program,
+            ):
+                program.send(b"reset me\n")
+                program.expect(GREETING, "", FULL, FAREWELL)
+                self.assertEqual(program.wait(), 1)
+                self.assertEqual(program.errors(), f"Connection lost: {mychatclient.TURNED_AWAY}\n")
+
+    def test_a_reset_after_exit_is_none_of_our_business(self) -> None:
+        """It is after the end of the input: what still was to come is lost."""
+        with home_made_server(lambda connection: reset(connection, b"1234:bye\n")) as port, client(port) as program:
+            program.send(b"exit\n")
+            program.expect(GREETING, "", "1234:bye", FAREWELL)
+            self.assertEqual((program.wait(), program.errors()), (0, ""))
+        with home_made_server(lambda connection: reset(connection, b"1234:bye\n")) as port, client(port) as program:
+            program.send(b"words\n")
+            program.end_input()
+            program.expect(GREETING, "", "1234:bye", FAREWELL)
+            self.assertEqual(program.wait(), 1)
 
     def test_turned_away(self) -> None:
         with Server("--max-clients", "1") as server, server.peer(), client(server.port) as program:

@@ -294,11 +294,13 @@ class Passwords(Guests):
         guest = self.connect(self.ask())
         guest.say(SECRET)
         guest.expect(QUESTION, ACCEPTED)
+        self.assertEqual(mychatclient.password_from(str(self.file)), SECRET.encode())
         for form in ("utf-16-le", "utf-16-be"):
             self.file.write_bytes(f"\ufeff{SECRET}\r\n".encode(form))
-            with Program(*PYTHON, SERVER, "--password-file", str(self.file)) as program:
-                self.assertEqual(program.wait(), 1)
-                self.assertRegex(program.errors(), r"^\S+ is in UTF-16, [^\n]*: save it as UTF-8\.\n$")
+            for path in (SERVER, CLIENT):
+                with Program(*PYTHON, path, "--password-file", str(self.file)) as program:
+                    self.assertEqual(program.wait(), 1)
+                    self.assertRegex(program.errors(), r"^\S+ is in UTF-16, [^\n]*: save it as UTF-8\.\n$")
 
     def test_a_password_beyond_this_machine_without_encryption_is_warned_of(self) -> None:
         server = self.serve("--host", "0.0.0.0", "--password-file", str(self.file))
@@ -329,6 +331,10 @@ class Clients(Guests):
                     terminal.type("hello all\r")
                     self.assertEqual(terminal.wait(), 1)
                     self.assertIn("A password is asked for: give --password-file FILE", terminal.screen())
+        command = (*PYTHON, CLIENT, "--password", LOOPBACK, str(server.port))
+        with Program("setsid", "--wait", *command, keep_input=True) as program:
+            self.assertEqual(program.wait(), 1)
+            self.assertEqual(program.errors(), f"{mychatclient.UNANSWERED}\n")
 
     def test_in_a_pipe_with_the_password(self) -> None:
         server = self.ask()
@@ -426,7 +432,9 @@ class Clients(Guests):
                     asked += "\nWrong password, try again.\nPassword: "
                 if tries < 3:
                     client.wait_for(asked)
-                    client.type(f"{SECRET}\nexit\n")
+                    client.type(f"{SECRET}\n")
+                    client.wait_for(f"{GREETING}\n")
+                    client.type("exit\n")
                     self.assertEqual(client.wait(), 0)
                 else:
                     self.assertEqual(client.wait(), 1)

@@ -99,7 +99,7 @@ class InMidFlood(TestCase):
         self.ends(lambda terminal, _: terminal.type("\x03"), 130, f"\n{FAREWELL}\n")
 
     def test_the_servers_death(self) -> None:
-        self.ends(lambda _, talker: talker.stopping.set(), 1, f"try again later.\n{FAREWELL}\n")
+        self.ends(lambda _, talker: talker.stopping.set(), 1, f"ask whoever runs it.\n{FAREWELL}\n")
 
     def test_sigterm(self) -> None:
         self.ends(lambda terminal, _: terminal.process.send_signal(signal.SIGTERM), -signal.SIGTERM, "")

@@ -683,7 +683,7 @@ class Locked(TestCase):
 
         with home_made_server(serve) as port, client(port, "--tls-ca", trust()) as program:
             self.assertEqual((program.wait(), program.output), (1, b""))
-            self.assertEqual(program.errors(), "The server has turned this client away; try again later.\n")
+            self.assertEqual(program.errors(), f"The server has turned this client away; {mychatclient.TRY_LATER}\n")
 
 
 class Ends(TestCase):
@@ -740,6 +740,19 @@ class Ends(TestCase):
                     program.expect("", "1234:last", FAREWELL)
                     self.assertEqual(program.wait(), 1)
                     self.assertRegex(program.errors(), f"^Connection lost: {reason}[^\n]*\n$")
+
+    def test_truncation_after_exit_is_none_of_our_business(self) -> None:
+        for ending in ("exit", "/quit"):
+            with (
+                home_made_server(self.serve(VERSIONS[1], lambda secured: secured.recv(100))) as port,
+                client(port, "--tls-ca", trust()) as program,
+            ):
+                program.expect(GREETING, "", "1234:hello")
+                program.send(b"hello\n")
+                program.expect("", "1234:last")
+                program.send(f"{ending}\n".encode())
+                program.expect(FAREWELL)
+                self.assertEqual((program.wait(), program.errors()), (0, ""))
 
     def test_when_a_send_fails_what_had_come_is_still_shown(self) -> None:
         lines = b"1234:last\n" * 10_000
