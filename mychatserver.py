@@ -60,8 +60,8 @@ import socket
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, Union
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Union
 
 if TYPE_CHECKING:
     import asyncio
@@ -227,7 +227,6 @@ FLUSH_BYTES = 262_144  # sent to one client before the next has its turn: a typi
 FLOOR_BYTES = 131_072  # what a slow consumer must take in so many seconds, else it is evicted:
 FLOOR_SECONDS = 5
 STALL_SECONDS = 30  # in which anybody with an outbox must take something, else it is evicted
-POUR_BYTES = 524_288  # who has sent as much since it last took anything has FLOOR_SECONDS only
 DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
 LINGER_BYTES = 1_048_576  # thrown away meanwhile
@@ -236,7 +235,7 @@ KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_
 WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
 # A request's first line: a word, what it is for, and the protocol.
-OTHER_PROTOCOL = re.compile(rb"[\r\n]*[A-Za-z]+ (?:[/*]|\S+:)\S* (?i:HTTP|RTSP|SIP)/\d[\d.]*[ \t]*\r?\n")
+OTHER_PROTOCOL = re.compile(rb"[A-Za-z]+ (?:[/*]|\S+:)\S* (?i:HTTP|RTSP|SIP)/\d[\d.]*[ \t]*\r?\n")
 OTHER_ANSWER = (
     b"HTTP/1.0 400 This is a chat\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This is a chat server. Join it with: python mychatclient.py HOST PORT\r\n"
@@ -285,20 +284,17 @@ class Client:
         # Only the handler sets what follows.
         self.deadline: Deadline | None = None  # for what it must send before it may enter
         self.read_bytes = READ_BYTES  # at once
-        self.bytes_received = 0
         # Guards what follows, and the socket but for reading: nobody uses it once it is closed. Innermost lock.
         self._lock = threading.Lock()
         self._codec = codec
         self._outbox: collections.deque[memoryview] = collections.deque()
-        self.outbox_bytes = 0  # others read this, and the next three, without the lock
-        self.had_outbox = False  # the server thread has been asked to flush it
+        self.outbox_bytes = 0  # others read this, and the next two, without the lock
         self.gone = False  # nothing more is taken for it: it leaves, is evicted, or a send has found the peer gone
         self.readable = True  # what came from it is read: also what came before a peer was found to be gone
-        self._taken = 0  # bytes of an outbox, since the last note
-        self._received_when_taking = 0  # what had been received when it last took anything
+        self._taken = 0  # bytes that the socket took since the time for it began
         # Only the server thread uses what follows.
-        self._notes: collections.deque[int] = collections.deque(maxlen=STALL_SECONDS)  # taken in each second
-        self._was_slow = False
+        self._was_slow: bool | None = None
+        self._time = Deadline(0)  # in which it must take something
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -313,17 +309,21 @@ class Client:
                 self._put(self._codec.encrypted(pieces) if self._codec else pieces)
             return self.outbox_bytes
 
-    def say(self, *notices: str) -> int:
-        """Give lines of our own; return the bytes in the outbox."""
-        return self.give([memoryview("".join(f"{notice}\n" for notice in notices).encode())])
+    def say(self, notice: str) -> int:
+        """Give a line of our own; return the bytes in the outbox."""
+        return self.give([memoryview(f"{notice}\n".encode())])
 
     def flush(self) -> int:
-        """Send FLUSH_BYTES of the outbox at most, as far as the socket takes them; return what is left."""
+        """Send FLUSH_BYTES of the outbox, or a piece more, as far as the socket takes them; return what is left."""
         with self._lock:
-            if self._outbox:
-                sent = self._send(self._first(FLUSH_BYTES))
-                self._taken += sent
-                self._advance(sent)
+            size, pieces = 0, []
+            for piece in self._outbox:
+                pieces.append(piece[:FLUSH_BYTES])
+                size += len(piece)
+                if size >= FLUSH_BYTES:
+                    break
+            if pieces:
+                self._advance(self._send(pieces))
                 if self.gone and not self._outbox:
                     self._shut(socket.SHUT_WR)
             return self.outbox_bytes
@@ -345,19 +345,19 @@ class Client:
 
     # Runs in the server thread
 
-    def note(self, is_slow: bool) -> None:
-        """Note what was taken since the last call, a second ago."""
-        if is_slow != self._was_slow:
-            self._notes.clear()
-        self._notes.append(self._taken)
-        self._was_slow, self._taken = is_slow, 0
+    def is_below_floor(self, is_slow: bool) -> bool:
+        """Return whether it took too little to be kept. To be called once a second while there is an outbox."""
+        seconds, wanted = (FLOOR_SECONDS, FLOOR_BYTES) if is_slow else (STALL_SECONDS, 1)
+        with self._lock:
+            if self._taken >= wanted or is_slow != self._was_slow:
+                self._taken, self._was_slow, self._time = 0, is_slow, Deadline(seconds)
+        return not self._time.left()
 
-    def is_below_floor(self) -> bool:
-        """Return whether it took too little to be kept, as it was noted."""
-        pours = self.bytes_received - self._received_when_taking >= POUR_BYTES
-        seconds = FLOOR_SECONDS if self._was_slow or pours else STALL_SECONDS
-        wanted = FLOOR_BYTES if self._was_slow else 1
-        return len(self._notes) >= seconds and sum(list(self._notes)[-seconds:]) < wanted
+    def close(self) -> None:
+        """Close the socket, which no selector may have any more: the descriptor is used again."""
+        self.evict()
+        with self._lock:
+            self._sock.close()
 
     # Runs in the handler thread
 
@@ -380,7 +380,7 @@ class Client:
         end-of-file, not at a reset. What begins like another protocol is no chat, and none of it is yielded.
         """
         framer = Framer()
-        head, is_first_line = b"", True
+        head = b""  # what came first, up to the end of a line
         while True:
             if framer.ends_by_silence and not ready(self._sock, selectors.EVENT_READ, SILENCE_SECONDS):
                 yield framer.rest(), False
@@ -397,16 +397,13 @@ class Client:
                 if is_open_to_the_end:
                     yield framer.rest(), False
                 return
-            self.bytes_received += len(data)
-            if is_first_line:
-                head += data
+            if b"\n" not in head:
+                head = (head[:32] + head[32:][-32:] + data).lstrip(b"\r\n")  # enough, however long the line
                 if head.startswith(TLS_HELLO):
                     return
                 if OTHER_PROTOCOL.match(head):
                     self.give([memoryview(OTHER_ANSWER)])
                     return
-                is_first_line = b"\n" not in head.lstrip(b"\r\n")
-                head = head[:32] + head[32:][-32:]  # which is enough, however long what the request is for
             yield framer.feed(data)
 
     def recv(self, size: int) -> bytes:
@@ -441,8 +438,7 @@ class Client:
     def drain(self) -> None:
         """Send the outbox and end-of-file, and let the peer close first: its input, unread, would reset both.
 
-        Blocks DRAIN_SECONDS for the one and LINGER_SECONDS for the other at most. Comes after ``finish``, and after the
-        server thread has forgotten the socket.
+        Blocks DRAIN_SECONDS for the one and LINGER_SECONDS for the other at most. Comes after ``finish``.
         """
         draining = Deadline(DRAIN_SECONDS)
         while self.flush() and ready(self._sock, selectors.EVENT_WRITE, draining.left()):
@@ -454,12 +450,6 @@ class Client:
                 if not data:
                     return
                 thrown_away += len(data)
-
-    def close(self) -> None:
-        """Close the socket. The server thread must have forgotten it: the descriptor is used again."""
-        self.evict()
-        with self._lock:
-            self._sock.close()
 
     # Call with the lock held
 
@@ -476,18 +466,7 @@ class Client:
         self.outbox_bytes += size
         self._advance(sent)
         if was_empty:
-            self.had_outbox = True
             self._on_change(self)
-
-    def _first(self, size: int) -> list[memoryview]:
-        """Return at most ``size`` bytes from the outbox's front."""
-        pieces: list[memoryview] = []
-        for piece in itertools.islice(self._outbox, MAX_PIECES):
-            pieces.append(piece[:size])
-            size -= len(piece)
-            if size <= 0:
-                break
-        return pieces
 
     def _send(self, pieces: Sequence[memoryview]) -> int:
         """Send pieces; return how many bytes the socket took. Give up when the peer is gone."""
@@ -503,7 +482,7 @@ class Client:
                 self._give_up()
                 self._on_change(self)
             return 0
-        self._received_when_taking = self.bytes_received
+        self._taken += sent
         return sent
 
     def _advance(self, sent: int) -> None:
@@ -601,8 +580,8 @@ Speaker = Union[Client, "Link"]  # who says something: has a label, and is gone 
 
 ROUND_BYTES = 65_536, 1_048_576  # least and most that one round relays
 ROUND_DELIVERED_BYTES = 33_554_432  # between the two: what a round delivers to all members together
-PORTION_MIN_BYTES = 256  # the least a handler enqueues at once, where there is more
-QUEUE_BYTES = 2_097_152  # what may wait for a round, but for small portions: those of long lines are many times a round
+PORTION_BYTES = 256  # that a handler may always enqueue at once, even if its share of a round is less
+QUEUE_BYTES = 2_097_152  # whoever has something to say waits while more is in the queue
 
 HIGH_WATER_BYTES = 1_048_576  # a client with a larger outbox is a slow consumer, until it is below the other mark
 LOW_WATER_BYTES = HIGH_WATER_BYTES // 2
@@ -612,13 +591,11 @@ CLIENT_BUDGET_BYTES = 262_144  # this at most; and times its readers all of it i
 DELIVERED_BYTES = 1_073_741_824  # this at most, but for a line each:
 LONG_LINE_BYTES = 4_096
 EPOCH_SECONDS = 60.0  # so long at most: whoever is a slow consumer then is evicted
-REPLY_BYTES = 65_536  # a handler reads on when its client has taken its replies up to this
+REPLY_BYTES = 65_536  # a client's command is answered when it has taken all but this of what it was given
 # Whose outbox is larger is evicted. Nobody's can be: when the first becomes a slow consumer, none has more than
-# HIGH_WATER_BYTES and a round; the queue has QUEUE_BYTES and small portions; the budget is BUDGET_BYTES twice at most.
+# HIGH_WATER_BYTES and a round; the queue has QUEUE_BYTES and a block; the budget is BUDGET_BYTES twice at most.
 MAX_OUTBOX_BYTES = 16_777_216
 WHO_SHOWN = 50  # labels in one answer to /who
-
-Awaited = TypeVar("Awaited")
 
 
 class Unusable(Exception):
@@ -629,30 +606,46 @@ class Refused(Exception):
     """Why somebody is turned away, as the text of a notice."""
 
 
-class Batch:
-    """What one round relays: blocks of lines, joined, of which each member gets what is not hidden from it."""
+class Quit(Exception):
+    """Somebody leaves, or is gone."""
 
-    def __init__(self, blocks: Sequence[tuple[bytes, Sequence[Member]]]) -> None:
-        """Join blocks of lines, each with those who do not get it: its speaker, as a rule."""
-        self.lines = b"".join(block for block, _ in blocks)
-        self._whole = memoryview(self.lines)
-        self._for_all = [self._whole]
-        self._hidden: dict[Member, list[tuple[int, int]]] = {}
+
+class Entry(NamedTuple):
+    """Lines in the room's queue: for one member alone, or for all but some."""
+
+    lines: bytes
+    speaker: Speaker | None = None  # the room itself, if there is none
+    without: Sequence[Member | None] = ()
+    only: Member | None = None
+
+
+class Batch:
+    """What one round relays: the lines for all, joined, of which each member gets what is for it, and its own lines."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        # What a member gets other than all the lines: start and end of a part, and what it gets in the place of that.
+        self._cuts: dict[Member | None, list[tuple[int, int, bytes]]] = {}
         start = 0
-        for block, without in blocks:
-            for member in without:
-                self._hidden.setdefault(member, []).append((start, start + len(block)))
-            start += len(block)
+        for lines, _, without, only in entries:
+            if only:
+                self._cuts.setdefault(only, []).append((start, start, lines))
+            else:
+                for member in without:
+                    self._cuts.setdefault(member, []).append((start, start + len(lines), b""))
+                start += len(lines)
+        self.lines = b"".join(entry.lines for entry in entries if not entry.only)
+        self._whole = memoryview(self.lines)
+        self._for_most = [self._whole] if self.lines else []
 
     def pieces_for(self, member: Member) -> Sequence[memoryview]:
         """Return the pieces for ``member``: views, so that a thousand outboxes hold the bytes once."""
-        if member not in self._hidden:
-            return self._for_all
-        pieces, start = [], 0
-        for begin, end in (*self._hidden[member], (len(self._whole), 0)):
-            if begin > start:
-                pieces.append(self._whole[start:begin])
-            start = end
+        if member not in self._cuts:
+            return self._for_most
+        pieces, place = [], 0
+        for start, end, instead in self._cuts[member]:
+            pieces += [self._whole[place:start], memoryview(instead)]
+            place = end
+        pieces = [piece for piece in (*pieces, self._whole[place:]) if piece]
         if 2 * sum(map(len, pieces)) < len(self._whole):
             # A copy: an outbox of small views would keep all of its owner's own lines in memory.
             return [memoryview(b"".join(pieces))] if pieces else []
@@ -660,7 +653,10 @@ class Batch:
 
 
 class Room:
-    """The members, and the relay from each to all others in one order."""
+    """The members, and the relay from each to all others in one order.
+
+    All that a member is told goes through one queue: what others say, notices, private words, replies.
+    """
 
     def __init__(
         self,
@@ -685,18 +681,18 @@ class Room:
         self._members: list[Member] = [*([] if quiet else [console]), *([log] if log else [])]
         # Held for moments, never while sending. Taken inside the turn, or alone. Guards what follows.
         self._queue_lock = threading.Lock()
-        self._queue: collections.deque[tuple[Speaker | None, bytes, Sequence[Member]]] = collections.deque()
+        self._queue: collections.deque[Entry] = collections.deque()
         self._queue_bytes = 0
-        self._queued: set[Speaker] = set()  # who has a block in the queue: at most one
+        self._queued: set[Speaker] = set()  # who has something in the queue: at most one entry
         self._turn_is_awaited = False  # somebody waits for the turn, and will take what is enqueued until then
-        self._waiters: dict[Speaker, threading.Condition] = {}  # handlers that wait for something of what follows
+        self._waiting: dict[Speaker, threading.Condition] = {}  # handlers that wait to enqueue something
         self._clients: dict[str, Client] = {}  # by label, folded
         self._limit = limit
-        self._closed = False  # nothing more is enqueued, nobody comes in
+        self._closed = False  # nobody says anything more, nobody comes in
         self._slow: set[Client] = set()  # the slow consumers; an epoch lasts from the first to the last of them
         self._epoch = Deadline(0)
-        self._client_budget = 0  # what each may spend in this epoch,
-        self._spent: dict[Speaker | None, int] = {}  # and has spent; who came later shares the budget of None
+        self._client_budget = 0  # what each may say in this epoch,
+        self._spent: dict[Speaker | None, int] = {}  # and has said; who came later shares the budget of None
 
     # Runs in the main thread
 
@@ -718,7 +714,7 @@ class Room:
                     self._limit.acquire(client)
                 client.label = self._free_label(client.address[1])
                 self._clients[client.label] = client
-                must_broadcast = self._tell_of(client, "joined")
+                self._tell_of(client, "joined")
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
             if self._welcome:
@@ -727,15 +723,13 @@ class Room:
                 client.say(self._who(client))
             if self._history:
                 client.give(self._history.replay())
-        if must_broadcast:
-            self._broadcast()
+        self._broadcast()
 
     def leave(self, client: Client) -> None:
         """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
         with self._queue_lock:
             while client in self._queued:  # or what is told of its end would come before
-                self._waiter(client).wait()
-            self._waiters.pop(client, None)
+                self._wait(client)
         with self._turn:
             with self._queue_lock:
                 if not self._is_here(client):
@@ -744,67 +738,54 @@ class Room:
                 if self._limit:
                     self._limit.release(client)
                 self._recover(client)
-                must_broadcast = self._tell_of(client, "left")  # before anybody else can have its label
+                self._tell_of(client, "left")  # before anybody else can have its label
             client.heard_from = None  # or those who left would be kept in a chain
             self._members.remove(client)
             self._console.say("Connection closed")
-        if must_broadcast:
-            self._broadcast()
+        self._broadcast()
+
+    # What follows waits until the speaker may have its say, then perhaps for the turn: see _may_say. Raises Quit.
 
     def relay(self, speaker: Speaker, lines: bytes) -> None:
-        """Give ``lines`` to all other members, in portions that let others have their say.
-
-        Blocks while an earlier portion waits in the queue or the queue is full, and while somebody is a slow consumer
-        and ``speaker`` is that one or has spent its budget; then perhaps for the turn. Ends, with lines unsaid, when it
-        would have to wait and nobody is there any more to wait.
-        """
+        """Give ``lines`` to all other members, in portions that let others have their say."""
         while lines:
             with self._queue_lock:
-                portion = self._wait(speaker, functools.partial(self._portion, speaker, lines))
-                if not portion:
-                    return
+                while not (portion := self._portion(speaker, lines)):
+                    self._wait(speaker)
                 block, lines = portion
-                must_broadcast = self._enqueue(speaker, block, (speaker,))
-            if must_broadcast:
-                self._broadcast()
+                self._enqueue(Entry(block, speaker, without=[speaker]))
+            self._broadcast()
 
     def rename(self, client: Client, name: str) -> None:
-        """Give ``client`` another label, and tell all, in the order of what is said; or tell it that the name is taken.
-
-        Blocks like ``relay``.
-        """
+        """Give ``client`` another label, and tell all, in the order of what is said; or tell it that it is taken."""
         notice = f"* {client.label} is now {name}\n".encode()
         with self._queue_lock:
-            if not self._wait(client, lambda: self._may_speak(client) and self._spend(client, len(notice))):
-                return
+            while not self._may_say(client, notice):
+                self._wait(client)
             is_free = self._clients.get(folded(name)) in (None, client) and self._is_here(client)
             if is_free:
                 del self._clients[folded(client.label)]
                 self._clients[folded(name)] = client
                 client.label = name
-            must_broadcast = is_free and self._enqueue(client, notice, ())
-        if must_broadcast:
-            self._broadcast()
+                self._enqueue(Entry(notice, client))
+        self._broadcast()
         if not is_free:
             self.reply(client, f"* name '{name}' is taken")
 
     def tell(self, client: Client, target: Client | str, text: str) -> None:
-        """Give a private word to the one client, or the one of that label; tell ``client`` that it went, or why not.
-
-        Blocks like ``relay``, and waits for the turn.
-        """
-        notice = f"* {client.label} to you: {text}"
+        """Give a private word to one client, or the one of a label; tell ``client`` that it went, or why not."""
+        notice = f"* {client.label} to you: {text}\n".encode()
         with self._queue_lock:
-            if not self._wait(client, lambda: self._may_speak(client) and self._spend(client, len(notice.encode()))):
-                return
+            while not self._may_say(client, notice):
+                self._wait(client)
             found = self._clients.get(folded(target)) if isinstance(target, str) else target
             if found and self._is_here(found):
                 found.heard_from = client
+                self._enqueue(Entry(notice, client, only=found))
             else:
                 found = None
+        self._broadcast()
         if found:
-            with self._turn:  # after what was said before, which may be on its way
-                self._give(found, notice)
             self.reply(client, f"* to {found.label}: {text}")
         elif not isinstance(target, str):
             self.reply(client, "* who wrote to you has left")
@@ -814,19 +795,16 @@ class Room:
             self.reply(client, f"* nobody here is called {quoted(target)}")
 
     def reply(self, client: Client, *notices: str) -> None:
-        """Give lines to ``client`` alone, after what it has said; waits for the turn.
-
-        Then waits until it has taken all but REPLY_BYTES of what it was given.
-        """
+        """Give lines to ``client`` alone, after what it has said, once it has taken most of what it was given."""
+        lines = "".join(f"{notice}\n" for notice in notices).encode()
         with self._queue_lock:
-            self._wait(client, lambda: client not in self._queued)
-        with self._turn:
-            self._give(client, *notices)
-        with self._queue_lock:
-            self._wait(client, lambda: client.outbox_bytes <= REPLY_BYTES)
+            while client.outbox_bytes > REPLY_BYTES or not self._may_say(client, lines):
+                self._wait(client)
+            self._enqueue(Entry(lines, client, only=client))
+        self._broadcast()
 
     def who(self, client: Client) -> None:
-        """Tell ``client`` who is here. Blocks like ``reply``."""
+        """Tell ``client`` who is here. Waits for the turn first, too."""
         with self._turn:
             notice = self._who(client)
         self.reply(client, notice)
@@ -843,7 +821,7 @@ class Room:
         with self._queue_lock:
             if client.outbox_bytes < LOW_WATER_BYTES:
                 self._recover(client)
-            self._wake(client)
+            self._wake([client])
             return client in self._slow
 
     # Runs in the server thread
@@ -853,17 +831,18 @@ class Room:
         with self._queue_lock:
             return [] if self._epoch.left() else list(self._slow)
 
-    def close(self) -> None:
-        """Let nobody in and nothing be said any more; relay what is enqueued."""
-        with self._queue_lock:  # first: from here on nobody new waits for the turn
-            self._closed = True
-        while self._queue:
-            self._broadcast()
-
     def finish(self, client: Client) -> None:
         """Have ``client`` leave after what was queued for it."""
         client.finish()
         self.reconsider(client)
+
+    def close(self) -> None:
+        """Let nobody in and nothing be said any more; relay what is enqueued."""
+        with self._queue_lock:
+            self._closed = True
+        with self._turn:
+            while self._queue:
+                self._give_rounds()
 
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
@@ -877,60 +856,50 @@ class Room:
     # The relay itself: runs in the handler that has the turn
 
     def _broadcast(self) -> None:
-        """Give what is queued to all members, a round at a time, until nothing is left or another awaits the turn."""
+        """Give what is queued to all members, unless somebody who waits for the turn already will do so."""
+        if self._turn_is_awaited or not self._queue:  # without the lock: at worst, two wait
+            return
+        self._turn_is_awaited = True
         with self._turn:
-            while batch := self._next_batch():
-                if self._history:
-                    self._history.add(batch.lines)
-                for member in self._members:
-                    if member.give(batch.pieces_for(member)) > HIGH_WATER_BYTES:
-                        self._note_slow(member)
-                # Who enqueues something just after this look waits for the turn, or found somebody who does.
-                if self._turn_is_awaited or not self._queue:
-                    return
+            self._give_rounds()
+
+    def _give_rounds(self) -> None:
+        """Give what is queued to all members, a round at a time, until nothing is left or another awaits the turn."""
+        assert self._turn.locked()  # noqa: S101 - a precondition that runs
+        while batch := self._next_batch():
+            if self._history:
+                self._history.add(batch.lines)
+            for member in self._members:
+                pieces = batch.pieces_for(member)
+                if pieces and member.give(pieces) > HIGH_WATER_BYTES:
+                    self._note_slow(member)
+            # Who enqueues something just after this look waits for the turn, or found somebody who does.
+            if self._turn_is_awaited:
+                return
 
     def _next_batch(self) -> Batch | None:
         """Take a round from the queue, first come, first served."""
         size = self._round_bytes()
-        blocks: list[tuple[bytes, Sequence[Member]]] = []
+        entries: list[Entry] = []
         with self._queue_lock:
-            # In the same hold as the taking: a block enqueued in between would wait for nobody.
+            # In the same hold as the taking: what is enqueued in between would wait for nobody.
             self._turn_is_awaited = False
-            was_full = self._queue_bytes > QUEUE_BYTES // 2
-            while self._queue and (not blocks or size >= len(self._queue[0][1])):
-                speaker, block, without = self._queue.popleft()
-                blocks.append((block, without))
-                size -= len(block)
-                self._queue_bytes -= len(block)
-                if speaker:
-                    self._queued.remove(speaker)
-                    self._wake(speaker)
+            was_full = self._queue_bytes > QUEUE_BYTES
+            while self._queue and (not entries or size >= len(self._queue[0].lines)):
+                entry = self._queue.popleft()
+                entries.append(entry)
+                size -= len(entry.lines)
+                self._queue_bytes -= len(entry.lines)
+                if entry.speaker:
+                    self._queued.remove(entry.speaker)
+                    self._wake([entry.speaker])
             if was_full:
-                self._wake_all()
-        return Batch(blocks) if blocks else None
+                self._wake(self._waiting)
+        return Batch(entries) if entries else None
 
     def _round_bytes(self) -> int:
         least, most = ROUND_BYTES
         return max(least, min(most, ROUND_DELIVERED_BYTES // max(1, len(self._members))))
-
-    # Said by the room itself: called from any thread
-
-    def _give(self, client: Client, *notices: str) -> None:
-        """Give lines to one client alone."""
-        if client.say(*notices) > HIGH_WATER_BYTES:
-            self._note_slow(client)
-
-    def _who(self, client: Client) -> str:
-        """Return a notice that names the first who are here, in order of arrival, and ``client``."""
-        assert self._turn.locked()  # noqa: S101 - a precondition that runs
-        clients = (member for member in self._members if isinstance(member, Client))
-        shown = list(itertools.islice(clients, WHO_SHOWN))
-        if client not in shown:
-            shown[WHO_SHOWN - 1 :] = [client]
-        names = ", ".join(member.label + (" (you)" if member is client else "") for member in shown)
-        count = len(self._clients)
-        more = f", and {count - len(shown)} more" if count > len(shown) else ""
-        return f"* {count} here: {names}{more}{self._link.elsewhere() if self._link else ''}"
 
     def _note_slow(self, member: Member) -> None:
         """Begin to hold the others back for a slow consumer; evict one that is beyond help."""
@@ -944,6 +913,19 @@ class Room:
                     self._begin_epoch()
                 self._slow.add(member)
 
+    # Call with the turn held
+
+    def _who(self, client: Client) -> str:
+        """Return a notice that names the first who are here, in order of arrival, and ``client``."""
+        clients = (member for member in self._members if isinstance(member, Client))
+        shown = list(itertools.islice(clients, WHO_SHOWN))
+        if client not in shown:
+            shown[WHO_SHOWN - 1 :] = [client]
+        names = ", ".join(member.label + (" (you)" if member is client else "") for member in shown)
+        count = len(self._clients)
+        more = f", and {count - len(shown)} more" if count > len(shown) else ""
+        return f"* {count} here: {names}{more}{self._link.elsewhere() if self._link else ''}"
+
     # Call with the queue's lock held
 
     def _free_label(self, port: int) -> str:
@@ -956,67 +938,55 @@ class Room:
     def _is_here(self, client: Client) -> bool:
         return self._clients.get(folded(client.label)) is client
 
-    def _tell_of(self, client: Client, verb: str) -> bool:
-        """Have the log tell that ``client`` joined or left, and with ``--announce`` all others, elsewhere too.
-
-        Returns whether to broadcast.
-        """
+    def _tell_of(self, client: Client, verb: str) -> None:
+        """Have the log tell that ``client`` joined or left, and with ``--announce`` all others, elsewhere too."""
         notice = f"* {client.label} {verb}"
         if self._log:
             self._log.say(f"{notice} from {client.address[0]}" if verb == "joined" else notice)
-        if not self._announce or self._closed:
-            return False
-        without: list[Member] = [client, self._console]
-        if self._log:
-            without.append(self._log)
-        return self._enqueue(None, f"{notice}\n".encode(), without)
+        if self._announce and not self._closed:
+            self._enqueue(Entry(f"{notice}\n".encode(), without=[client, self._console, self._log]))
 
-    def _enqueue(self, speaker: Speaker | None, block: bytes, without: Sequence[Member]) -> bool:
-        """Queue what ``speaker`` says, or the room itself, for all but some; return whether to broadcast."""
+    def _enqueue(self, entry: Entry) -> None:
         assert self._queue_lock.locked()  # noqa: S101 - a precondition that runs
-        self._queue.append((speaker, block, without))
-        self._queue_bytes += len(block)
-        if speaker:
-            self._queued.add(speaker)
-        must_broadcast = not self._turn_is_awaited
-        self._turn_is_awaited = True
-        return must_broadcast
+        self._queue.append(entry)
+        self._queue_bytes += len(entry.lines)
+        if entry.speaker:
+            self._queued.add(entry.speaker)
 
     def _portion(self, speaker: Speaker, lines: bytes) -> tuple[bytes, bytes] | None:
         """Return what ``speaker`` may enqueue now of its ``lines``, labelled, and the others; None if it must wait."""
-        if not self._may_speak(speaker):
+        if not self._may_say(speaker, b""):
             return None
         size = self._round_bytes() // (len(self._queue) + 1)  # the next round has one for everyone who wants to speak
         if self._slow:
             size = min(size, self._client_budget // 4)
-        size = max(PORTION_MIN_BYTES, size)
         block, rest = labelled(speaker.label, lines), b""
-        if len(block) > size:  # as many lines as would fit if all were of one length
-            some = front(lines, size * len(lines) // len(block))
+        if len(block) > max(size, PORTION_BYTES):  # as many lines as would fit if all were of one length
+            some = front(lines, max(size, PORTION_BYTES) * len(lines) // len(block))
             block, rest = labelled(speaker.label, some), lines[len(some) :]
-        if len(block) > PORTION_MIN_BYTES and self._queue_bytes + len(block) > QUEUE_BYTES:
-            return None
-        return (block, rest) if self._spend(speaker, len(block)) else None
+        return (block, rest) if self._may_say(speaker, block) else None
 
-    def _may_speak(self, speaker: Speaker) -> bool:
-        return not (self._closed or speaker in self._queued or speaker in self._slow)
+    def _may_say(self, speaker: Speaker, lines: bytes) -> bool:
+        """Return whether ``speaker`` may enqueue ``lines`` now, and if so, take them off its budget.
 
-    def _spend(self, speaker: Speaker, size: int) -> bool:
-        """Take so many bytes off what ``speaker`` may say while somebody is a slow consumer; return whether it may."""
-        if not self._slow:
-            return True
-        payer = speaker if speaker in self._spent else None
-        if self._spent[payer] + size > self._client_budget:
-            return False
-        self._spent[payer] += size
-        return True
+        It may not while something of its own is in the queue, or the queue is full; nor while somebody is a slow
+        consumer and ``speaker`` is that one or has spent its budget. Raises Quit when nobody is there to wait for it.
+        """
+        may = not (self._closed or speaker in self._queued or speaker in self._slow or self._queue_bytes > QUEUE_BYTES)
+        if may and self._slow:
+            payer = speaker if speaker in self._spent else None
+            may = self._spent[payer] + len(lines) <= self._client_budget
+            self._spent[payer] += len(lines) if may else 0
+        if not may and speaker.gone:
+            raise Quit
+        return may
 
     def _begin_epoch(self) -> None:
         """Fix what may be said until nobody is a slow consumer: once, or people who come and go would add to it."""
         readers = len(self._members)
         budget = min(self._budget_bytes, DELIVERED_BYTES // readers) // readers
         long_line = min(LONG_LINE_BYTES, self._budget_bytes // readers)  # which a person may type
-        self._client_budget = max(PORTION_MIN_BYTES, long_line, min(CLIENT_BUDGET_BYTES, budget))
+        self._client_budget = max(PORTION_BYTES, long_line, min(CLIENT_BUDGET_BYTES, budget))
         self._spent = dict.fromkeys((*self._clients.values(), self._link, None), 0)
         self._epoch = Deadline(EPOCH_SECONDS)
 
@@ -1026,28 +996,18 @@ class Room:
             self._slow.remove(client)
             if not self._slow:
                 self._spent.clear()  # or it would keep those who have left
-                self._wake_all()
+                self._wake(self._waiting)
 
-    def _wait(self, speaker: Speaker, until: Callable[[], Awaited | None]) -> Awaited | None:
-        """Wait until ``until`` returns something true, and return that; else, once nobody is there, what it returned.
+    def _wait(self, speaker: Speaker) -> None:
+        """Wait for a change that concerns ``speaker``. Only its handler may wait."""
+        changed = self._waiting[speaker] = threading.Condition(self._queue_lock)
+        changed.wait()
+        del self._waiting[speaker]
 
-        Only the handler of ``speaker`` may wait.
-        """
-        while not (found := until()) and not speaker.gone:
-            self._waiter(speaker).wait()
-        self._waiters.pop(speaker, None)
-        return found
-
-    def _waiter(self, speaker: Speaker) -> threading.Condition:
-        return self._waiters.setdefault(speaker, threading.Condition(self._queue_lock))
-
-    def _wake(self, speaker: Speaker) -> None:
-        if speaker in self._waiters:
-            self._waiters[speaker].notify()
-
-    def _wake_all(self) -> None:
-        for waiter in self._waiters.values():
-            waiter.notify()
+    def _wake(self, speakers: Iterable[Speaker]) -> None:
+        for speaker in speakers:
+            if speaker in self._waiting:
+                self._waiting[speaker].notify()
 
 
 # --- People: names that nobody else can have or fake, and commands ----------------------------------------------------
@@ -1092,10 +1052,6 @@ def word_and_rest(text: str) -> tuple[str, str]:
 def quoted(text: str) -> str:
     """Return the beginning of what somebody typed, to be told of it."""
     return f"'{text[:QUOTED_CHARACTERS]}{'…' if len(text) > QUOTED_CHARACTERS else ''}'"
-
-
-class Quit(Exception):
-    """Somebody leaves by a command."""
 
 
 class Usage(Exception):
@@ -1178,7 +1134,7 @@ ACCEPTS_A_PASS = 64  # before outboxes have their turn again
 CROSSING_MAX = 16  # on their way in or out at once: who connects and resets without end must not make more threads
 MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
-REFUSALS_REMEMBERED = 1_024  # hosts whose last refusal is known, for one line a second and host
+TICK_SECONDS = 1.0  # between two looks at what only time can tell
 STOP_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
 FREE_SECONDS_A_READ, FREE_SECONDS_A_BYTE = 100e-6, 10e-9  # of a processor: twice what honest text takes, or more
 WORK_PRICE = 20.0  # seconds that a handler pauses for each second of more work than that,
@@ -1231,27 +1187,26 @@ class Server:
         self._errors = errors
         self._guests = guests
         self._new_codec = new_codec
-        self._clients: set[Client] = set()  # all with a handler, in the room or not; one operation at a time is safe
-        self._crossing: set[Client] = set()  # those of them that are on their way into the room, or out of it
-        # What other threads ask of the server thread, and how they wake it.
-        self._calls: collections.deque[Callable[[], object]] = collections.deque()
-        self._wake_is_sent = False
+        # Any thread may change these; one operation at a time is safe.
+        self._crossing: set[Client] = set()  # those who are on their way into the room, or out of it
+        self._calls: collections.deque[Callable[[], object]] = collections.deque()  # asked of the server thread,
+        self._wake_is_sent = False  # which is about to look for them
         self._wake_reader, self._wake_writer = socket.socketpair()
         # Only the server thread uses what follows.
-        self._selector = selectors.DefaultSelector()
+        self._clients: set[Client] = set()  # all with a handler, in the room or not
         self._flushing: set[Client] = set()  # those with an outbox: watched until they can take more
-        # Watched, but for a second when nobody can be accepted, or too many ask at once.
+        self._selector = selectors.DefaultSelector()
         self._listeners: dict[socket.socket | Discovery, Callable[[], None]] = {
             listener: functools.partial(self._accept, listener)
         }
         if discovery:
             self._listeners[discovery] = functools.partial(self._on_datagram, discovery)
-        self._is_pausing = False  # one of them
-        self._next_tick = 0.0
+        self._pausing: set[socket.socket | Discovery] = set(self._listeners)  # those that are not watched now
+        self._until_tick = Deadline(TICK_SECONDS)
         self._stopping = False
         self._stopped = False
         self._problem = ""  # why nobody could be accepted, as said last
-        self._refusals: dict[str, float] = {}  # the time of each host's last one that was shown
+        self._refused_hosts: set[str] = set()  # of which a refusal was shown since the last tick
 
     # Runs in the main thread
 
@@ -1275,48 +1230,45 @@ class Server:
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._on_wake)
         self._watch_listeners()
         while not self._stopping:
-            self._pass(None)
+            self._pass(self._until_tick)
         self._stop()
 
     def _stop(self) -> None:
         deadline = Deadline(STOP_SECONDS)
         # 1. Nobody new: the port is free.
         for listener in self._listeners:
-            if listener in self._selector.get_map():
+            if listener not in self._pausing:
                 self._selector.unregister(listener)
             listener.close()
         self._listeners.clear()
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
         # 3. Everyone gets end-of-file after what was queued; its handler leaves when the peer closes or says more.
-        for client in list(self._clients):
+        for client in self._clients:
             self._room.finish(client)
         while self._clients and deadline.left():
-            self._pass(deadline.left())
+            self._pass(deadline)
         # 4. Those who do not close stay behind. Waking thousands of handlers would only take time.
         self._room.dismiss()
         self._stopped = True
 
-    def _pass(self, seconds: float | None) -> None:
-        """Wait for something to do, so long at most, and do it."""
-        if self._flushing or any(listener not in self._selector.get_map() for listener in self._listeners):
-            until_tick = max(0.0, self._next_tick - time.monotonic())
-            seconds = until_tick if seconds is None else min(seconds, until_tick)
-        for key, _ in self._selector.select(seconds):
+    def _pass(self, deadline: Deadline) -> None:
+        """Wait for something to do, up to the deadline, and do it."""
+        for key, _ in self._selector.select(deadline.left()):
             key.data()
-        if time.monotonic() >= self._next_tick:
+        if not self._until_tick.left():
+            self._until_tick = Deadline(TICK_SECONDS)
             self._tick()
 
     def _tick(self) -> None:
-        """Once a second while anybody has an outbox or a listener pauses: hold the floor, watch the listeners."""
-        self._next_tick = time.monotonic() + 1.0
+        """Hold the floor, end an epoch, try again to accept."""
         for client in list(self._flushing):
             # Tried even if the selector is silent: Linux calls a socket writable only with a third of its buffer free.
-            client.note(self._flush(client))
-            if client.is_below_floor():
+            if client.is_below_floor(self._flush(client)):
                 self._room.evict(client)
         for client in self._room.overdue():
             self._room.evict(client)
+        self._refused_hosts.clear()
         self._watch_listeners()
 
     def _on_wake(self) -> None:
@@ -1328,15 +1280,14 @@ class Server:
             self._calls.popleft()()
 
     def _watch_listeners(self) -> None:
-        self._is_pausing = False
-        for listener, call in self._listeners.items():
-            if listener not in self._selector.get_map():
-                self._selector.register(listener, selectors.EVENT_READ, call)
+        while self._pausing:
+            listener = self._pausing.pop()
+            self._selector.register(listener, selectors.EVENT_READ, self._listeners[listener])
 
     def _pause(self, listener: socket.socket | Discovery) -> None:
         """Watch it no more until the next tick, or until fewer are crossing."""
         self._selector.unregister(listener)
-        self._is_pausing = True
+        self._pausing.add(listener)
 
     def _on_datagram(self, discovery: Discovery) -> None:
         if not discovery.answer():
@@ -1371,9 +1322,8 @@ class Server:
             try:
                 threading.Thread(target=self._handle, args=(client,), daemon=True).start()
             except RuntimeError as error:  # no more threads
-                self._clients.remove(client)
                 self._crossing.remove(client)
-                client.close()
+                self._close(client)
                 self._cannot_accept(listener, error)
                 return
 
@@ -1387,12 +1337,10 @@ class Server:
         self._pause(listener)
 
     def _show_refused(self, address: tuple[str, int]) -> None:
-        """Show who was turned away, one line a second and host, so that a rude host does not fill the console."""
-        host, now = host_key(address), time.monotonic()
-        if now - self._refusals.get(host, -1.0) >= 1.0:
-            if len(self._refusals) >= REFUSALS_REMEMBERED:
-                self._refusals.clear()
-            self._refusals[host] = now
+        """Show who was turned away, one of a host between two ticks, so that a rude one does not fill the console."""
+        host = host_key(address)
+        if host not in self._refused_hosts:
+            self._refused_hosts.add(host)
             self._console.say(f"Refused : {address}")
 
     def _watch(self, client: Client) -> None:
@@ -1411,19 +1359,26 @@ class Server:
         return self._room.reconsider(client)
 
     def _forget(self, client: Client) -> None:
+        """Watch ``client`` no more."""
         if client in self._flushing:
             self._flushing.remove(client)
             if client in self._selector.get_map():
                 self._selector.unregister(client)
 
+    def _close(self, client: Client) -> None:
+        """Close the socket of a client that nobody else uses any more."""
+        self._forget(client)
+        client.close()
+        self._clients.remove(client)
+
     # Runs in the handler thread, one a client
 
     def _handle(self, client: Client) -> None:
-        """Serve one client from its arrival to its close.
+        """Serve one client from its arrival to its end.
 
         Ends because whatever it waits for ends: ``recv`` and the wait to have its say (``Room._wait``), as
         ``Room.evict`` wakes both; the turn, as rounds are bounded and nobody broadcasts for ever; its pace, its work,
-        the door and ``drain``, as they have a deadline; and the server thread, which never blocks.
+        the door and ``drain``, as they have a deadline.
         """
         try:
             client.prepare()
@@ -1468,13 +1423,9 @@ class Server:
             self._guests.leave_door(client)
             self._room.leave(client)
             client.finish()
-            self._wait_until_forgotten(client)
             self._crossed(client)
             client.drain()
-            client.close()
-            self._clients.remove(client)
-            if self._stopping:
-                self._wake()
+            self._call_soon(functools.partial(self._close, client))
 
     def _hear(self, client: Client, block: bytes, work: Work) -> None:
         """Relay the lines of a block and obey its commands. Blocks like ``Room.relay``; raise Quit."""
@@ -1489,16 +1440,8 @@ class Server:
     def _crossed(self, client: Client) -> None:
         """Note that ``client`` is at the door, in the room or gone; have more accepted if that had to wait."""
         self._crossing.discard(client)
-        if self._is_pausing and len(self._crossing) <= CROSSING_MAX // 2:
+        if self._pausing and len(self._crossing) <= CROSSING_MAX // 2:
             self._call_soon(self._watch_listeners)
-
-    def _wait_until_forgotten(self, client: Client) -> None:
-        """Wait until the server thread no longer watches ``client``."""
-        if client.had_outbox:
-            forgotten = threading.Event()
-            self._call_soon(functools.partial(self._forget, client))
-            self._call_soon(forgotten.set)
-            forgotten.wait()
 
     # Called from any thread
 
@@ -1508,9 +1451,6 @@ class Server:
     def _call_soon(self, call: Callable[[], object]) -> None:
         """Have the server thread call ``call``."""
         self._calls.append(call)
-        self._wake()
-
-    def _wake(self) -> None:
         if not self._wake_is_sent:
             self._wake_is_sent = True
             with contextlib.suppress(BlockingIOError):  # full: then it will wake anyway

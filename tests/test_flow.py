@@ -298,6 +298,13 @@ class SlowConsumers(Room):
         crawler.close()
         self.assertTrue(crawl.done.wait(SECONDS))
 
+
+class StoppedReaders(Room):
+    """With a small backlog, and nobody who waits for them."""
+
+    constants = {"FLOOR_SECONDS": 0.5, "STALL_SECONDS": 2}
+    setup = SMALL_BUFFERS
+
     def test_two_programs_that_write_without_reading_are_let_go_and_others_chat_on(self) -> None:
         """A third and a fourth lose nothing of each other's."""
         writers = [self.peer(receive_buffer=8_192) for _ in range(2)]
@@ -331,13 +338,6 @@ class SlowConsumers(Room):
         for number in range(count):
             peer.wait_for(label, f"number {number}")
         peer.read_to_end()
-
-
-class StoppedReaders(Room):
-    """With a small backlog, and nobody who waits for them."""
-
-    constants = {"FLOOR_SECONDS": 0.5, "STALL_SECONDS": 2}
-    setup = SMALL_BUFFERS
 
     def test_who_takes_nothing_of_a_small_backlog_has_longer_before_it_is_let_go(self) -> None:
         talker, reader, _ = self.peer(), self.peer(), self.peer(receive_buffer=8_192)
