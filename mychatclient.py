@@ -91,6 +91,8 @@ def clean(block: bytes) -> bytes:
 LABEL = "([^ :*]{1,64})"
 SPEECH = re.compile(f"{LABEL}:(.*)")
 NOTICE = re.compile(rf"\* {LABEL} (joined$|to you:|is now {LABEL}$)")
+SPEAKER = re.compile(rf"{LABEL}:|\* {LABEL} to you:")
+COMMANDS = "/help", "/ignore", "/msg", "/nick", "/quit", "/r", "/who"  # the server's, and our own
 WHO = re.compile(r"\* \d+ here: (.*?)(?:, and .*)?")
 LABELS_REMEMBERED = 1_000  # with their colours, and for completion
 HISTORY = re.compile(r"\* the last (?:line|\d+ lines):")
@@ -120,6 +122,7 @@ class Style:
         self.own_label = own_label
         self.asked_for = ""  # the name that we asked for last
         self.labels: dict[str, str] = {}  # of who was heard of, the latest last, each with its colour
+        self._ignored: set[str] = set()
         self._colours = itertools.cycle(colours or [""])
         self._bold = BOLD if colours else ""
         self._grey = GREY if colours is COLOURS_OF_256 else ""
@@ -135,11 +138,23 @@ class Style:
             gap = self._gap.encode()
             return gap + block[:-1].replace(b"\n", b"\n" + gap) + b"\n"
         lines = block[:-1].decode("utf-8", "replace").split("\n")
-        return "".join(f"{self._gap}{self._row(line)}\n" for line in lines).encode()
+        return "".join(f"{self._gap}{self._row(line)}\n" for line in lines if not self._is_ignored(line)).encode()
 
     def beginning(self, begun: str) -> list[str]:
-        """Return the labels that begin so, whatever the case, the latest last; with nothing begun, none."""
-        return [label for label in list(self.labels) if begun and label.casefold().startswith(begun.casefold())]
+        """Return commands and labels that begin so, whatever the case, the latest last; with nothing begun, none."""
+        words = (*COMMANDS, *self.labels)
+        return [word for word in words if begun and word.casefold().startswith(begun.casefold())]
+
+    def ignore(self, label: str) -> str:
+        """Show what ``label`` says no more, or again; return a notice that tells who is ignored."""
+        self._is_as_it_comes = False
+        if label:
+            self._ignored ^= {label.casefold()}
+        return f"* ignored: {', '.join(sorted(self._ignored)) or 'nobody'}"
+
+    def _is_ignored(self, line: str) -> bool:
+        speaker = SPEAKER.match(line)
+        return bool(speaker and (speaker[1] or speaker[2]).casefold() in self._ignored)
 
     def _row(self, line: str) -> str:
         speech = SPEECH.fullmatch(line)
@@ -173,6 +188,8 @@ class Style:
         label, what, new_label = notice.groups()
         if new_label and label in self.labels:
             self.labels[new_label] = self.labels.pop(label)  # with its colour
+        if new_label and label.casefold() in self._ignored:
+            self._ignored = self._ignored - {label.casefold()} | {new_label.casefold()}
         # The server may see us come from another port than we do.
         if new_label and (label == self.own_label or new_label == self.asked_for):
             self.own_label, self.asked_for = new_label, ""
@@ -831,6 +848,7 @@ def check_beginning(block: bytes) -> None:
 EXITS = "exit", "/quit", "/exit"
 EXIT = re.compile(rb"\n[\t ]*(?:exit|/quit|/exit)[\t ]*\r?\n", re.IGNORECASE)
 EXIT_BYTES = 256  # a longer line in a pipe is never taken for exit, however many blanks are round it
+IGNORE = re.compile(r"[\t ]*/ignore(?:[\t ]+(.*?))?[\t ]*", re.IGNORECASE)
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
 
 
@@ -848,6 +866,8 @@ def typed(screen: Screen) -> Iterator[tuple[bytes, bool]]:
                 if len(data) > MAX_LINE_BYTES + 1:
                     screen.notice(LINE_TOO_LONG)
                     unsent = line
+                elif ignore := IGNORE.fullmatch(line):
+                    screen.notice(screen.style.ignore(ignore[1] or ""))
                 elif line.strip("\t "):
                     yield data, line.strip("\t ").lower() in EXITS
 

@@ -33,6 +33,7 @@ from tests.support import (
     Terminal,
     TestCase,
     as_heard,
+    as_text,
     command_of,
     eventually,
     free_port,
@@ -586,6 +587,41 @@ class Looks(SharedServerTestCase):
         people.rows(b"a" * 65 + b":x\n")
         self.assertNotIn("a" * 65, people.labels)
         self.assertEqual(len(people.labels), mychatclient.LABELS_REMEMBERED)
+
+    def test_who_is_ignored(self) -> None:
+        """What they say to all or to us is not shown, also under another name, until they are not ignored any more."""
+        for looks in (style(), style(colour=True)):
+            self.assertEqual(looks.ignore(""), "* ignored: nobody")
+            self.assertEqual(looks.ignore("Bob"), "* ignored: bob")
+            unseen = b"bob:1\n* bob to you: 2\nBOB:3\n"
+            seen = b"bobby:4\n* to bob: 5\n* eve to you: bob:6\n* bob is here\n"
+            self.assertEqual(as_text(looks.rows(unseen + seen)), as_text(style().rows(seen)))
+            looks.rows(b"* bob is now Bob\n* 7 is now rob\n* Bob is now carol\n* eve is now bob\n")
+            self.assertEqual(looks.ignore("dave"), "* ignored: carol, dave")
+            self.assertEqual(as_text(looks.rows(b"carol:8\nbob:9\n")), "\nbob:9\n")
+            self.assertEqual(looks.ignore("carol"), "* ignored: dave")
+            self.assertEqual(as_text(looks.rows(b"carol:10\n")), "\ncarol:10\n")
+            self.assertNotIn("dave", looks.labels)
+
+    def test_ignoring_is_between_the_person_and_the_client(self) -> None:
+        """With a line editor and without; the server and the others hear nothing of it."""
+        for options in ((), ("--plain",)):
+            with Terminal(*PYTHON, CLIENT, *options, LOOPBACK, str(self.server.port)) as terminal:
+                terminal.wait_for(f"{GREETING}\n")
+                self.server.newcomer()
+                ann, bob = self.peer(), self.peer()
+                terminal.type(f"/ignore\n /Ignore  {bob.label} \n")
+                terminal.wait_for(f"* ignored: {bob.label}\n")
+                self.assertIn("\n\n* ignored: nobody\n", terminal.screen())
+                bob.say("unseen")
+                ann.expect(f"{bob.label}:unseen")
+                ann.say("seen")
+                terminal.wait_for(f"\n{ann.label}:seen\n")
+                self.assertNotIn("unseen", terminal.screen())
+                bob.expect(f"{ann.label}:seen")
+                terminal.type("fence\n")
+                for peer in (ann, bob):
+                    self.assertTrue(peer.line().endswith(b":fence"))
 
     def test_the_time(self) -> None:
         rows = style(clock=True).rows(b"54358:Hi!\n")

@@ -215,6 +215,7 @@ class Typing(WithoutReadline, test_terminal.Typing):
                 ("ann\t", "annika", "annika Hi!"),
                 ("c\t", "c       ", "c\t Hi!"),
                 ("a\t", "an", "an Hi!"),
+                ("/M\t", "/msg", "/msg Hi!"),
             ):
                 with self.subTest(typed=typed):
                     client.type(typed)

@@ -349,6 +349,7 @@ class Typing(TestCase):
                 ("c\t!\r", "c\t!"),
                 ("/msg U\t Hi!\r", "/msg Uwe Hi!"),
                 ("os\t!\r", "os\t!"),
+                ("/M\t x\r", "/msg x"),
             ):
                 client.press(typed)
                 self.assertEqual(client.heard(), expected)

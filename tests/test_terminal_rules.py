@@ -15,6 +15,7 @@ import unittest.mock
 from collections.abc import Callable, Iterator
 
 import mychatclient
+import mychatserver
 from tests.support import (
     CLIENT,
     LONG,
@@ -287,6 +288,9 @@ class Looks(TestCase):
             self.assertTrue(looks.rows(b"bob:" + text + b"\n").endswith(b"\x1b[1m" + text + b"\x1b[m\a\n"), text)
         self.assertNotIn(b"\a", looks.rows(b"bob:annika\n"))
         self.assertEqual(looks.beginning("BO"), ["bob"])
+
+    def test_the_commands_that_tab_completes_are_those_that_there_are(self) -> None:
+        self.assertEqual(mychatclient.Style("").beginning("/"), sorted([*mychatserver.COMMANDS, "/ignore"]))
 
     def test_what_a_server_says_is_remembered_within_bounds(self) -> None:
         people = mychatclient.Style("", learn=True)
