@@ -429,7 +429,10 @@ if sys.platform != "win32":
 
         def end_line(self, ctrl_c: bool) -> None:
             if self._is_half_typed():
-                self._go_to_end_of_line()
+                if not self.is_libedit:  # which has no way to the end of the line
+                    self._library.rl_end_of_line(1, 0)
+                    self._library.rl_redisplay()
+                    self._library.fflush(None)
                 self.say("")
             super().end_line(False)
 
@@ -463,11 +466,6 @@ if sys.platform != "win32":
             self._library.rl_clear_visible_line()
             self._library.fflush(None)  # what we write passes by C's buffer, and would come first
 
-        def _go_to_end_of_line(self) -> None:
-            self._library.rl_end_of_line(1, 0)
-            self._library.rl_redisplay()
-            self._library.fflush(None)
-
     class Libedit(GnuReadline):
         """The same with libedit, as on macOS, which tells little: right for lines that fit a row.
 
@@ -494,9 +492,6 @@ if sys.platform != "win32":
 
         def _clear_line(self) -> None:
             self._write(b"\r\x1b[K")
-
-        def _go_to_end_of_line(self) -> None:
-            """Leave the cursor where it is: there is no telling."""
 
 
 class PromptToolkitEditor(Screen):
@@ -1056,9 +1051,6 @@ class Conversation:
             self._is_interruptible = False
         except Interrupted:
             pass
-        except KeyboardInterrupt:  # a key to the line editor, not a signal
-            self._is_interruptible = False
-            self._ended_by = signal.SIGINT
         block_signals(())
         return self._farewell()
 
