@@ -1981,7 +1981,6 @@ class Link(Writer):
         self._lost: asyncio.Event  # the connection is closed, or NATS does not answer
         self._problem = ""  # told last
         self._heard: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the last NUMBER, by NAME and ID
-        self._has_namesake = False
         loop = asyncio.new_event_loop()
         loop.getaddrinfo = look_up  # type: ignore[method-assign] # a thread of asyncio's would hold up our end
         self._run_soon = functools.partial(asyncio.run_coroutine_threadsafe, loop=loop)
@@ -2137,15 +2136,14 @@ class Link(Writer):
         found = SUBJECT.fullmatch(message.subject)
         if not found or found[2] == self._id or len(message.data) > LINK_MESSAGE_BYTES:
             return
-        name, number = found[1], int(found[3])
-        if number < self._heard.get((name, found[2]), (0.0, 0))[1]:
+        name, process, number = found[1], found[2], int(found[3])
+        if name == self._server_name and (name, process) not in self._heard:
+            self._console.say(f"Another server is called {name}, too: give one of them another --server-name.")
+        if number < self._heard.get((name, process), (0.0, 0))[1]:
             return
         if len(self._heard) >= SERVERS_REMEMBERED:
             self._heard.clear()
-        self._heard[name, found[2]] = time.monotonic(), number
-        if name == self._server_name and not self._has_namesake:
-            self._has_namesake = True
-            self._console.say(f"Another server is called {name}, too: give one of them another --server-name.")
+        self._heard[name, process] = time.monotonic(), number
         if lines := validated(message.data, name):
             self._arrivals.give([memoryview(lines)])
         time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
