@@ -1459,8 +1459,8 @@ class Server:
 
 # --- History: what newcomers are told; off until asked for, a reader may skip it --------------------------------------
 
-HISTORY_BLOCK_BYTES = 65_536  # a smaller last block is joined with what follows: newcomers get few pieces
 HISTORY_BYTES = 1_048_000  # told to a newcomer at most: it must not be a slow consumer with that alone
+HISTORY_BLOCK_BYTES = 65_536  # what is over that is forgotten by so much at once
 NOTICES = re.compile(rb"\n\* [^\n]*(?=\n)")
 
 
@@ -1469,39 +1469,36 @@ class History:
 
     def __init__(self, lines: int) -> None:
         self._limit = lines
-        self._bytes = self._count = 0  # said so far
-        # The minute, what was said in it, and how much had been said at its end.
-        self._blocks: collections.deque[tuple[str, bytes, int, int]] = collections.deque()
+        self._bytes = self._count = 0
+        self._blocks: collections.deque[tuple[str, bytes]] = collections.deque()  # the minute, and what was said in it
 
     def add(self, lines: bytes) -> None:
-        """Keep what was said, without notices, and no more before it than may be told."""
+        """Keep what was said, without notices; forget what is over the limits."""
         lines = NOTICES.sub(b"", b"\n" + lines)[1:]
-        if not lines:
-            return
         self._bytes += len(lines)
         self._count += lines.count(b"\n")
         minute = time.strftime("%H:%M")
-        if self._blocks and self._blocks[-1][0] == minute and len(self._blocks[-1][1]) < HISTORY_BLOCK_BYTES:
+        if self._blocks and self._blocks[-1][0] == minute:
             lines = self._blocks.pop()[1] + lines
-        self._blocks.append((minute, lines, self._bytes, self._count))
-        while self._bytes - self._blocks[0][2] >= HISTORY_BYTES or self._count - self._blocks[0][3] >= self._limit:
-            self._blocks.popleft()
+        while lines:
+            block = front(lines, HISTORY_BLOCK_BYTES)
+            self._blocks.append((minute, block))
+            lines = lines[len(block) :]
+        while self._bytes > HISTORY_BYTES or self._count > self._limit:
+            minute, oldest = self._blocks.popleft()
+            rest = oldest.split(b"\n", self._count - self._limit)[-1] if self._bytes <= HISTORY_BYTES else b""
+            self._bytes -= len(oldest) - len(rest)
+            self._count -= oldest.count(b"\n") - rest.count(b"\n")
+            if rest:
+                self._blocks.appendleft((minute, rest))
 
     def replay(self) -> list[memoryview]:
         """Return the last lines between a heading and an end, the minute before the first of each; or nothing."""
         if not self._blocks:
             return []
-        blocks = [(minute, lines) for minute, lines, *_ in self._blocks]
-        # Of the oldest block, the last lines: as many as there is room for, perhaps none.
-        (minute, lines), (_, _, bytes_then, count_then) = blocks[0], self._blocks[0]
-        start = max(0, len(lines) - HISTORY_BYTES + self._bytes - bytes_then)
-        lines = lines[(b"\n" + lines).index(b"\n", start) :]
-        lines = b"\n".join((b"\n" + lines).rsplit(b"\n", self._limit - self._count + count_then + 1)[1:])
-        blocks[:1] = [(minute, lines)] if lines else []
-        count = sum(lines.count(b"\n") for _, lines in blocks)
-        told = [f"* the last {count} lines:\n".encode() if count > 1 else b"* the last line:\n"]
-        for minute, of_the_minute in itertools.groupby(blocks, lambda block: block[0]):
-            told += [f"* {minute}\n".encode(), *(lines for _, lines in of_the_minute)]
+        told = [f"* the last {self._count} lines:\n".encode() if self._count > 1 else b"* the last line:\n"]
+        for minute, blocks in itertools.groupby(self._blocks, lambda block: block[0]):
+            told += [f"* {minute}\n".encode(), *(lines for _, lines in blocks)]
         return [memoryview(piece) for piece in (*told, b"* live from here\n")]
 
 
