@@ -1054,17 +1054,11 @@ def quoted(text: str) -> str:
     return f"'{text[:QUOTED_CHARACTERS]}{'…' if len(text) > QUOTED_CHARACTERS else ''}'"
 
 
-class Usage(Exception):
-    """A command lacks something."""
-
-
-# What each command does, in the handler of its client. All block like Room.relay.
+# What commands do that the room does not, in the handler of their client. All block like Room.relay.
 
 
 def nick(room: Room, client: Client, wanted: str) -> None:
     wanted = wanted.strip(" \t")
-    if not wanted:
-        raise Usage
     name = unicodedata.normalize("NFKC", wanted[:UNCOMPOSED_CHARACTERS])
     problem = name_problem(name)
     if problem:
@@ -1073,40 +1067,25 @@ def nick(room: Room, client: Client, wanted: str) -> None:
         room.rename(client, name)
 
 
-def who(room: Room, client: Client, _: str) -> None:
-    room.who(client)
-
-
-def private(room: Room, client: Client, argument: str) -> None:
-    name, text = word_and_rest(argument)
-    if not text:
-        raise Usage
-    room.tell(client, name, text)
-
-
 def answer(room: Room, client: Client, text: str) -> None:
-    if not text:
-        raise Usage
     if client.heard_from:
         room.tell(client, client.heard_from, text)
     else:
         room.reply(client, "* nobody has written to you privately")
 
 
-def leave(room: Room, client: Client, argument: str) -> None:
-    if argument:  # the client, which waits for the end after the command alone, would take it for a lost connection
-        raise Usage
-    raise Quit
-
-
-def list_commands(room: Room, client: Client, _: str) -> None:
+def list_commands(room: Room, client: Client) -> None:
     room.reply(client, *(f"* {usage}: {meaning}" for usage, meaning, _ in COMMANDS.values()))
 
 
-COMMANDS: dict[str, tuple[str, str, Callable[[Room, Client, str], None]]] = {
+def leave(room: Room, client: Client) -> None:
+    raise Quit
+
+
+COMMANDS: dict[str, tuple[str, str, Callable[..., None]]] = {
     "/nick": ("/nick NAME", "be called NAME", nick),
-    "/who": ("/who", "see who is here", who),
-    "/msg": ("/msg NAME TEXT", "say TEXT to NAME alone", private),
+    "/who": ("/who", "see who is here", Room.who),
+    "/msg": ("/msg NAME TEXT", "say TEXT to NAME alone", Room.tell),
     "/r": ("/r TEXT", "answer who last wrote to you alone", answer),
     "/help": ("/help", "see this", list_commands),
     "/quit": ("/quit", "leave, as exit does", leave),
@@ -1121,9 +1100,11 @@ def obey(room: Room, client: Client, line: str) -> None:
         room.reply(client, f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /")
         return
     usage, _, function = COMMANDS[command]
-    try:
-        function(room, client, argument)
-    except Usage:
+    wanted = usage.count(" ")
+    arguments = word_and_rest(argument) if wanted == 2 else (argument,) if wanted or argument else ()
+    if all(arguments) and len(arguments) == wanted:
+        function(room, client, *arguments)
+    else:
         room.reply(client, f"* usage: {usage}")
 
 
