@@ -702,17 +702,23 @@ LONG = "MYCHAT_LONG" in os.environ
 once = unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest")
 
 
-# Below those that systems give to who connects, or one could be taken before a server comes, or comes back.
-PORTS = iter(random.sample(range(20_000, 30_000), 10_000))
+_kept: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on; in one process never the same twice."""
-    for port in PORTS:
-        with socket.socket() as sock, contextlib.suppress(OSError):  # taken
+    """Return a port that nobody listens on, below those that systems give to who connects.
+
+    Nobody else gets it from here as long as this process runs: it stays bound, which does not stop a server.
+    """
+    while True:
+        port = random.randrange(20_000, 30_000)
+        sock = socket.socket()
+        with contextlib.suppress(OSError):  # taken
             sock.bind((LOOPBACK, port))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # only now: somebody else's of the kind is taken
+            _kept.append(sock)
             return port
-    raise AssertionError("no port is free")
+        sock.close()
 
 
 @contextlib.contextmanager
