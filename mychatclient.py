@@ -87,14 +87,13 @@ def clean(block: bytes) -> bytes:
 
 # --- The screen: everything that is shown goes through here -----------------------------------------------------------
 
-# What tells of people: speech, and some of the server's notices. A label is 24 characters and another server's name.
+# What tells of people. A label is 24 characters and another server's name.
 LABEL = "([^ :*]{1,64})"
-SPEECH = re.compile(f"{LABEL}:(.*)")
-NOTICE = re.compile(rf"\* {LABEL} (joined$|to you:|is now {LABEL}$)")
-SPEAKER = re.compile(rf"{LABEL}:|\* {LABEL} to you:")
-COMMANDS = "/help", "/ignore", "/msg", "/nick", "/quit", "/r", "/who"  # the server's, and our own
+SAID = re.compile(rf"(\* )?{LABEL}(?(1) to you):(.*)")  # to all, or to us alone
+NOTICE = re.compile(rf"\* {LABEL} (?:joined|is now {LABEL})")
 WHO = re.compile(r"\* \d+ here: (.*?)(?:, and .*)?")
 LABELS_REMEMBERED = 1_000  # with their colours, and for completion
+COMMANDS = "/help", "/ignore", "/msg", "/nick", "/quit", "/r", "/who"  # the server's, and our own
 HISTORY = re.compile(r"\* the last (?:line|\d+ lines):")
 LIVE_AGAIN = "* live from here", "* connected again"
 # Of labels, with a contrast of 4 or more on black and on white both: of a terminal's 256, or of its first 8.
@@ -138,7 +137,7 @@ class Style:
             gap = self._gap.encode()
             return gap + block[:-1].replace(b"\n", b"\n" + gap) + b"\n"
         lines = block[:-1].decode("utf-8", "replace").split("\n")
-        return "".join(f"{self._gap}{self._row(line)}\n" for line in lines if not self._is_ignored(line)).encode()
+        return "".join(map(self._row, lines)).encode()
 
     def beginning(self, begun: str) -> list[str]:
         """Return commands and labels that begin so, whatever the case, the latest last; with nothing begun, none."""
@@ -152,49 +151,50 @@ class Style:
             self._ignored ^= {label.casefold()}
         return f"* ignored: {', '.join(sorted(self._ignored)) or 'nobody'}"
 
-    def _is_ignored(self, line: str) -> bool:
-        speaker = SPEAKER.match(line)
-        return bool(speaker and (speaker[1] or speaker[2]).casefold() in self._ignored)
-
     def _row(self, line: str) -> str:
-        speech = SPEECH.fullmatch(line)
-        if speech:
-            label, text = speech.groups()
+        """Return a line as it is shown, with its newline; nothing when its speaker is ignored."""
+        is_for_us, row = False, line
+        said = SAID.fullmatch(line)
+        if said:
+            is_private, label, text = said.groups()
+            if label.casefold() in self._ignored:
+                return ""
             self._remember(label)
             us = rf"(?<!\w){re.escape(self.own_label)}(?!\w)"
-            is_for_us = bool(self.own_label and re.search(us, text, re.IGNORECASE))
-            row = coloured(self.labels[label], label) + ":" + coloured(self._bold if is_for_us else "", text)
-        else:
-            is_for_us = self._notice(line)
-            row = coloured(self._bold if is_for_us else self._grey if line.startswith("* ") else "", line)
+            is_for_us = bool(is_private or (self.own_label and re.search(us, text, re.IGNORECASE)))
+            bold = self._bold if is_for_us else ""
+            row = (
+                coloured(bold, line) if is_private else f"{coloured(self.labels[label], label)}:{coloured(bold, text)}"
+            )
+        elif line.startswith("* "):
+            self._notice(line)
+            row = coloured(self._grey, line)
         if line in LIVE_AGAIN:
             self._in_history = False
-        if self._clock and not self._in_history:
-            row = time.strftime("%H:%M ") + row
+        time_said = time.strftime("%H:%M ") if self._clock and not self._in_history else ""
         if HISTORY.fullmatch(line):
             self._in_history = True
-        return row + self._bell if is_for_us else row
+        return f"{self._gap}{time_said}{row}{self._bell if is_for_us else ''}\n"
 
-    def _notice(self, line: str) -> bool:
-        """Take note of what a notice tells of people; return whether it is a private word for us."""
+    def _notice(self, line: str) -> None:
+        """Take note of what a notice tells of people."""
         if line.startswith(("* name '", "* not a name: ")):
             self.asked_for = ""
         who = WHO.fullmatch(line)
         for label in who[1].split(", ")[:LABELS_REMEMBERED] if who else ():
             self._remember(label.removesuffix(" (you)"))
-        notice = NOTICE.match(line)
-        if not notice:
-            return False
-        label, what, new_label = notice.groups()
-        if new_label and label in self.labels:
-            self.labels[new_label] = self.labels.pop(label)  # with its colour
-        if new_label and label.casefold() in self._ignored:
-            self._ignored = self._ignored - {label.casefold()} | {new_label.casefold()}
-        # The server may see us come from another port than we do.
-        if new_label and (label == self.own_label or new_label == self.asked_for):
-            self.own_label, self.asked_for = new_label, ""
-        self._remember(new_label or label)
-        return bool(what == "to you:")
+        notice = NOTICE.fullmatch(line)
+        if notice:
+            label, new_label = notice.groups()
+            if new_label:
+                if label in self.labels:
+                    self.labels[new_label] = self.labels.pop(label)  # with its colour
+                if label.casefold() in self._ignored:
+                    self._ignored = self._ignored - {label.casefold()} | {new_label.casefold()}
+                # The server may see us come from another port than we do.
+                if label == self.own_label or new_label == self.asked_for:
+                    self.own_label, self.asked_for = new_label, ""
+            self._remember(new_label or label)
 
     def _remember(self, label: str) -> None:
         if re.fullmatch(LABEL, label):  # a server may say anything
