@@ -23,7 +23,7 @@ The threads, and who owns what
 
 The way of a line
     Server._handle reads a block: Client.blocks, Client.recv, Framer.feed. parse finds its lines, Room.relay enqueues
-    them, Room._broadcast gives them to every member, Client.give sends.
+    them, Room._give_rounds gives them to every member, Client.give sends.
     Handlers read blocks of lines, not lines. One handler at a time broadcasts: it takes what the others have enqueued,
     joins it, and gives each member one piece, everything but its own lines. One more waits for its turn, to take what
     is enqueued meanwhile; the rest enqueue their block and go back to reading. So all members see one order, a round
@@ -229,7 +229,6 @@ FLOOR_SECONDS = 5
 STALL_SECONDS = 30  # in which anybody with an outbox must take something, else it is evicted
 DRAIN_SECONDS = 5.0  # in which somebody who leaves must take what was queued for it
 LINGER_SECONDS = 1.0  # and then see the end: closing with input unread resets the connection
-LINGER_BYTES = 1_048_576  # thrown away meanwhile
 VANISHED_SECONDS = 60  # in which a peer must acknowledge what it was sent, or is found to be gone
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # s; 2nd: macOS's 1st
 WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
@@ -443,13 +442,11 @@ class Client:
         draining = Deadline(DRAIN_SECONDS)
         while self.flush() and ready(self._sock, selectors.EVENT_WRITE, draining.left()):
             pass
-        lingering, thrown_away = Deadline(LINGER_SECONDS), 0
+        lingering = Deadline(LINGER_SECONDS)
         with contextlib.suppress(OSError):  # the peer is gone: that is what this waits for
-            while thrown_away < LINGER_BYTES and ready(self._sock, selectors.EVENT_READ, lingering.left()):
-                data = self._sock.recv(READ_BYTES)
-                if not data:
+            while (left := lingering.left()) and ready(self._sock, selectors.EVENT_READ, left):
+                if not self._sock.recv(READ_BYTES):
                     return
-                thrown_away += len(data)
 
     # Call with the lock held
 
@@ -587,9 +584,7 @@ HIGH_WATER_BYTES = 1_048_576  # a client with a larger outbox is a slow consumer
 LOW_WATER_BYTES = HIGH_WATER_BYTES // 2
 BUDGET_BYTES = 4_194_304  # what all together may say while somebody is a slow consumer; with TLS,
 TLS_BUDGET_BYTES = BUDGET_BYTES // 4  # as ciphertext is not shared; one client
-CLIENT_BUDGET_BYTES = 262_144  # this at most; and times its readers all of it is
-DELIVERED_BYTES = 1_073_741_824  # this at most, but for a line each:
-LONG_LINE_BYTES = 4_096
+CLIENT_BUDGET_BYTES = 262_144  # this at most
 EPOCH_SECONDS = 60.0  # so long at most: whoever is a slow consumer then is evicted
 REPLY_BYTES = 65_536  # a client's command is answered when it has taken all but this of what it was given
 # Whose outbox is larger is evicted. Nobody's can be: when the first becomes a slow consumer, none has more than
@@ -731,17 +726,7 @@ class Room:
             while client in self._queued:  # or what is told of its end would come before
                 self._wait(client)
         with self._turn:
-            with self._queue_lock:
-                if not self._is_here(client):
-                    return
-                del self._clients[folded(client.label)]
-                if self._limit:
-                    self._limit.release(client)
-                self._recover(client)
-                self._tell_of(client, "left")  # before anybody else can have its label
-            client.heard_from = None  # or those who left would be kept in a chain
-            self._members.remove(client)
-            self._console.say("Connection closed")
+            self._remove(client)
         self._broadcast()
 
     # What follows waits until the speaker may have its say, then perhaps for the turn: see _may_say. Raises Quit.
@@ -831,11 +816,6 @@ class Room:
         with self._queue_lock:
             return [] if self._epoch.left() else list(self._slow)
 
-    def finish(self, client: Client) -> None:
-        """Have ``client`` leave after what was queued for it."""
-        client.finish()
-        self.reconsider(client)
-
     def close(self) -> None:
         """Let nobody in and nothing be said any more; relay what is enqueued."""
         with self._queue_lock:
@@ -846,12 +826,9 @@ class Room:
 
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
-        with self._turn, self._queue_lock:
-            for client in self._clients.values():
-                self._console.say("Connection closed")
-                self._tell_of(client, "left")
-            self._clients.clear()
-            self._members.clear()
+        with self._turn:
+            for client in list(self._clients.values()):
+                self._remove(client)
 
     # The relay itself: runs in the handler that has the turn
 
@@ -909,11 +886,28 @@ class Room:
             self.evict(member)
         with self._queue_lock:
             if member.outbox_bytes > HIGH_WATER_BYTES:  # or the server thread has sent it since, and found nobody slow
-                if not self._slow:
-                    self._begin_epoch()
+                if not self._slow:  # what may be said in this epoch is fixed, or people who come and go would add to it
+                    share = self._budget_bytes // len(self._members)
+                    self._client_budget = max(PORTION_BYTES, min(CLIENT_BUDGET_BYTES, share))
+                    self._spent = dict.fromkeys((*self._clients.values(), self._link, None), 0)
+                    self._epoch = Deadline(EPOCH_SECONDS)
                 self._slow.add(member)
 
     # Call with the turn held
+
+    def _remove(self, client: Client) -> None:
+        """Take ``client`` out of the room, if it is in it."""
+        with self._queue_lock:
+            if not self._is_here(client):
+                return
+            del self._clients[folded(client.label)]
+            if self._limit:
+                self._limit.release(client)
+            self._recover(client)
+            self._tell_of(client, "left")  # before anybody else can have its label
+        client.heard_from = None  # or those who left would be kept in a chain
+        self._members.remove(client)
+        self._console.say("Connection closed")
 
     def _who(self, client: Client) -> str:
         """Return a notice that names the first who are here, in order of arrival, and ``client``."""
@@ -980,15 +974,6 @@ class Room:
         if not may and speaker.gone:
             raise Quit
         return may
-
-    def _begin_epoch(self) -> None:
-        """Fix what may be said until nobody is a slow consumer: once, or people who come and go would add to it."""
-        readers = len(self._members)
-        budget = min(self._budget_bytes, DELIVERED_BYTES // readers) // readers
-        long_line = min(LONG_LINE_BYTES, self._budget_bytes // readers)  # which a person may type
-        self._client_budget = max(PORTION_BYTES, long_line, min(CLIENT_BUDGET_BYTES, budget))
-        self._spent = dict.fromkeys((*self._clients.values(), self._link, None), 0)
-        self._epoch = Deadline(EPOCH_SECONDS)
 
     def _recover(self, client: Client) -> None:
         """Take ``client`` for a slow consumer no more."""
@@ -1226,7 +1211,8 @@ class Server:
         self._room.close()
         # 3. Everyone gets end-of-file after what was queued; its handler leaves when the peer closes or says more.
         for client in self._clients:
-            self._room.finish(client)
+            client.finish()
+            self._room.reconsider(client)
         while self._clients and deadline.left():
             self._pass(deadline)
         # 4. Those who do not close stay behind. Waking thousands of handlers would only take time.
