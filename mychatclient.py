@@ -451,6 +451,7 @@ if sys.platform != "win32":
                     if self._is_half_typed():
                         self._library.rl_forced_update_display()
             self.is_busy = was_busy
+            self.wake()  # for what has come meanwhile
 
         def _is_half_typed(self) -> bool:
             """Return whether there is something of a line on the screen."""

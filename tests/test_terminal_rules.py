@@ -157,6 +157,15 @@ class Jobs(TestCase):
                 shell.type("echo $?\r")
                 shell.wait_for("130\n$ ")
 
+    def test_what_is_to_end_while_it_is_stopped_ends_when_it_is_continued(self) -> None:
+        with under_bash() as (shell, _):
+            shell.type("half a li")
+            shell.wait_for("half a li")
+            shell.type("\x1a")
+            shell.wait_for("$ ")
+            shell.type("kill %1; fg; echo $?\r")
+            shell.wait_for(f"{128 + signal.SIGTERM}\n$ ")
+
     def test_signals_that_the_parent_has_blocked_are_unblocked(self) -> None:
         script = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())"
         with (
