@@ -56,7 +56,7 @@ SHORT = {
 class Machine(Program):
     """An sshd on loopback; ``ssh box`` reaches it, once ``environment`` is in force, and nothing of the user's own."""
 
-    def __init__(self, folder: str, *settings: str, pass_phrase: str = "") -> None:
+    def __init__(self, folder: str, *settings: str, pass_phrase: str = "", prefix: tuple[str, ...] = ()) -> None:
         self.folder = pathlib.Path(folder)
         self.port = free_port()
         self.environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SHELL": "/bin/sh"}
@@ -97,7 +97,7 @@ class Machine(Program):
         (self.folder / "bin/ssh").chmod(0o755)
         if os.geteuid() == 0:
             os.makedirs("/run/sshd", exist_ok=True)  # what an sshd of root's insists on; Debian makes it at boot
-        super().__init__(SSHD, "-D", "-e", "-f", f"{folder}/sshd_config")
+        super().__init__(SSHD, "-D", "-e", "-f", f"{folder}/sshd_config", prefix=prefix)
         try:
             eventually(lambda: "Server listening" in self.errors() or self.process.poll() is not None)
             if self.process.poll() is not None:
