@@ -24,6 +24,9 @@ import sys
 
 if (python := sys.version_info) < (3, 9):  # a SyntaxError here? This Python is too old: use Python 3.9 or newer.
     sys.exit("This Python is too old, {}.{}: use Python 3.9 or newer.".format(*python[:2]))
+if __name__ == "__main__":  # a Ctrl-C during the imports needs no traceback
+    show_exception = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else show_exception(kind, *rest)
 
 import argparse
 import collections
@@ -782,11 +785,12 @@ CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds
         "or give another port.",
     ),
     (TIMEOUTS, "No answer from {host} port {port}: check the address; a firewall or another network may be between."),
+    (RuntimeError, "Cannot start: {error}; this user may have no more processes or memory (ulimit -u, ulimit -v)."),
     (OSError, "Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."),
 )
 
 
-def connecting_problem(error: NotConnected | OSError | UnicodeError, host: str, port: int) -> str:
+def connecting_problem(error: Exception, host: str, port: int) -> str:
     """Return one sentence that says why there is no connection, and what to do."""
     sentence = next(sentence for kinds, sentence in CONNECTING_PROBLEMS if isinstance(error, kinds))
     return sentence.format(error=error, host=host, port=port)
@@ -1681,7 +1685,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return chat(options, cleanup)
             except EOFError:  # Ctrl-D in the place of a password
                 return 0
-            except (NotConnected, OSError, UnicodeError) as error:
+            except (NotConnected, OSError, UnicodeError, RuntimeError) as error:
                 warn(connecting_problem(error, options.host, options.port))
                 forget_typed()
                 return 1

@@ -43,6 +43,9 @@ import sys
 
 if sys.version_info < (needed := (3, 9)):  # Python 3.7 and older end here: this needs 3.9 or newer, try python3
     sys.exit("This needs Python 3.9 or newer: try python3, or py on Windows.")
+if __name__ == "__main__":  # a Ctrl-C during the imports needs no traceback
+    show_exception = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else show_exception(kind, *rest)
 
 import argparse
 import collections
@@ -397,6 +400,8 @@ class Client:
                     yield framer.rest(), False
                 return
             if b"\n" not in head:
+                if not head:
+                    data = data.removeprefix(UTF8_MARK)  # as PowerShell begins what it pipes
                 head = (head[:32] + head[32:][-32:] + data).lstrip(b"\r\n")  # enough, however long the line
                 if head.startswith(TLS_HELLO):
                     return
@@ -1003,6 +1008,7 @@ UNCOMPOSED_CHARACTERS = 4 * NAME_CHARACTERS + 1  # more than become a name: at m
 SHOWS_NOTHING = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+LOOKS_LIKE_A_COLON = re.compile("[\u02d0\u0903\u0a83\ua4fd]")  # in Unicode's confusables.txt
 RESERVED_NAMES = "server", "you", "exit"
 QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 
@@ -1010,7 +1016,7 @@ QUOTED_CHARACTERS = 40  # of what somebody typed, in an answer
 def folded(label: str) -> str:
     """Return ``label`` in the form in which two are the same."""
     label = label[:UNCOMPOSED_CHARACTERS]  # what is longer is no label, and would take its time
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", label).casefold())
 
 
 def name_problem(name: str) -> str:
@@ -1019,6 +1025,8 @@ def name_problem(name: str) -> str:
         return f"{NAME_CHARACTERS} characters at most"
     if SHOWS_NOTHING.search(name):
         return "it has a letter that shows nothing"
+    if LOOKS_LIKE_A_COLON.search(name):
+        return "it has a letter that looks like a colon"
     if unicodedata.category(name[0])[0] != "L":
         return "it must begin with a letter"
     for character in name:
@@ -1288,7 +1296,7 @@ class Server:
             self._crossing.add(client)
             try:
                 threading.Thread(target=self._handle, args=(client,), daemon=True).start()
-            except RuntimeError as error:  # no more threads
+            except (RuntimeError, MemoryError) as error:  # no more threads
                 self._crossing.remove(client)
                 self._close(client)
                 self._cannot_accept(listener, error)
@@ -2449,6 +2457,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # nobody reads it
             os.write(2, f"{problem}\n".encode("utf-8", "replace"))
         return 1
+    except RuntimeError as error:  # no thread can be started
+        sys.exit(f"Cannot start: {error}; this user may have no more processes or memory (ulimit -u, ulimit -v).")
     except KeyboardInterrupt:  # before the server thread could see to it
         return 0
 

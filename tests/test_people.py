@@ -81,6 +81,8 @@ class Names(People):
             ("\u3164", "it has a letter that shows nothing"),
             ("a\uffa0", "it has a letter that shows nothing"),
             ("ann\ufe0f", "it has a letter that shows nothing"),
+            ("ann\u02d0", "it has a letter that looks like a colon"),
+            ("a\u0903nn", "it has a letter that looks like a colon"),
             ("Server", "it is reserved"),
             ("YOU", "it is reserved"),
             ("e\uff58it", "it is reserved"),
@@ -94,16 +96,17 @@ class Names(People):
         self.silent(self.bob, self.ann)
 
     def test_names_over_all_of_unicode(self) -> None:
-        """A character may begin a name, be in it, or neither, by its category alone, unless it shows nothing."""
+        """A character may begin a name, be in it, or neither, by its category, unless it is unseen or like a colon."""
         unseen = {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
         unseen |= {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0}
+        refused = unseen | {0x2D0, 0x903, 0xA83, 0xA4FD}
         for code in [*range(0x3200), *range(0x3200, sys.maxunicode + 1, 1 if LONG else 17)]:
             character = chr(code)
             if unicodedata.normalize("NFKC", character) != character:
                 continue
             category = unicodedata.category(character)
-            letter = category[0] == "L" and code not in unseen
-            within = letter or (category in ("Mn", "Mc", "Nd") and code not in unseen) or character in "_-."
+            letter = category[0] == "L" and code not in refused
+            within = letter or (category in ("Mn", "Mc", "Nd") and code not in refused) or character in "_-."
             if (not name_problem(character), not name_problem("a" + character)) != (letter, within):
                 self.fail(f"U+{code:04X} {category}")
             if within and {*character} & {*" :*@\n/,'"}:
@@ -112,6 +115,11 @@ class Names(People):
     def test_folding_is_stable(self) -> None:
         for name in ("ann", "Straße", "ǅ", "İx", "ﬁn", "ᾳ", "\u0345a"):
             self.assertEqual(folded(folded(name)), folded(name))
+
+    def test_the_same_in_another_case_is_the_same_name(self) -> None:
+        for letter in "ßǆﬁᾳᾷῇῷΐ":
+            for other in (letter.upper(), letter.lower(), letter.title()):
+                self.assertEqual(folded(other), folded(letter), other)
 
     def test_the_longest_name_works(self) -> None:
         self.name(self.ann, "x" * 24)

@@ -205,6 +205,8 @@ class Strangers(OnAServer):
         b"INVITE sip:bob@example.org SIP/2.0\r\nVia: x\r\n\r\n",
         b"POST /" + b"a" * 70_000 + b" HTTP/1.1\r\nCookie: secret\r\n\r\nhi there\n",
         b"\r\nGET / HTTP/1.1\r\nCookie: secret\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
+        b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n",
         b"get / http/1.10 \r\nCookie: secret\r\n\r\n",
     )
 

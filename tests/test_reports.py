@@ -1,0 +1,90 @@
+"""Odd starts, as people have reported them of comparable programs: both programs cope, or say why not in a sentence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import unittest
+
+from tests.support import (
+    CLIENT,
+    LOOPBACK,
+    NEEDS_ROOT,
+    PYTHON,
+    SERVER,
+    Program,
+    Server,
+    TestCase,
+    command_of,
+    eventually,
+    needs_command,
+    unread,
+    without,
+)
+
+GREETING = "Connected to chat server. Type 'exit' to leave."
+FAREWELL = "Disconnected from server"
+NO_THREADS = """
+import threading
+def start(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+"""
+
+
+class Starting(TestCase):
+    @unittest.skipIf(sys.platform == "win32", "needs signals")
+    def test_ctrl_c_while_a_program_is_imported_leaves_no_traceback(self) -> None:
+        for program in (SERVER, CLIENT):
+            for module in ("argparse", "ipaddress", "typing"):  # among the first and the last
+                with (
+                    self.subTest(program=program, module=module),
+                    without(module, error="KeyboardInterrupt"),
+                    Program(*PYTHON, program) as started,
+                ):
+                    self.assertEqual(started.wait(), -signal.SIGINT)
+                    self.assertEqual(started.output.decode() + started.errors(), "")
+
+    def test_no_thread_can_be_started(self) -> None:
+        """As when the user has as many processes as may be, or memory is short."""
+        for program in (SERVER, CLIENT):
+            with self.subTest(program=program), Program(*command_of(program, setup=NO_THREADS)) as started:
+                self.assertEqual(started.wait(), 1)
+                self.assertRegex(started.errors(), r"^Cannot start: can't start new thread; [^\n]+\n$")
+
+    @NEEDS_ROOT
+    @needs_command("unshare", "util-linux")
+    def test_as_the_first_process_of_a_container(self) -> None:
+        """Which no signal ends that it does not handle."""
+        contained = "unshare", "--pid", "--fork", "--kill-child"
+
+        def inner(program: Program) -> int:
+            pid = program.process.pid
+            with open(f"/proc/{pid}/task/{pid}/children") as file:
+                return int(file.read())
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with self.subTest(number=number), Server(prefix=contained) as server:
+                command = *contained, *PYTHON, CLIENT, LOOPBACK, str(server.port)
+                with Program(*command, keep_input=True) as client:
+                    client.expect(GREETING)
+                    os.kill(inner(client), number)
+                    client.wait()
+                    self.assertTrue(client.output.endswith(f"{FAREWELL}\n".encode()))
+                os.kill(inner(server), number)
+                self.assertEqual(server.wait(), 0)
+
+
+@unittest.skipUnless(sys.platform == "linux", "needs Linux: /proc tells what a server has read")
+class Marks(TestCase):
+    def test_a_byte_order_mark_before_the_first_line_is_no_part_of_it(self) -> None:
+        """PowerShell may begin so what it pipes; later it is a character like any other."""
+        with Server() as server, server.peer() as bob:
+            for packets in (("\ufeff/nick ann\n\ufeffHi!\n",), ("\ufeff", "/nick ann\n\ufeffHi!\n")):
+                with self.subTest(packets=packets), server.peer() as ann:
+                    for packet in packets:
+                        ann.send(packet)
+                        eventually(lambda: not unread(server, ann))
+                    bob.expect(f"* {ann.label} is now ann", "ann:\ufeffHi!")
+                eventually(lambda: server.output.endswith(b"Connection closed\n"))  # so that the name is free again
