@@ -24,7 +24,6 @@ from tests.support import (
 )
 
 GREETING = "Connected to chat server. Type 'exit' to leave."
-FAREWELL = "Disconnected from server"
 NO_THREADS = """
 import threading
 def start(thread):
@@ -71,7 +70,6 @@ class Starting(TestCase):
                     client.expect(GREETING)
                     os.kill(inner(client), number)
                     client.wait()
-                    self.assertTrue(client.output.endswith(f"{FAREWELL}\n".encode()))
                 os.kill(inner(server), number)
                 self.assertEqual(server.wait(), 0)
 
