@@ -794,10 +794,8 @@ class Room:
         self._broadcast()
 
     def who(self, client: Client) -> None:
-        """Tell ``client`` who is here. Waits for the turn first, too."""
-        with self._turn:
-            notice = self._who(client)
-        self.reply(client, notice)
+        """Tell ``client`` who is here."""
+        self.reply(client, self._who(client))
 
     # Called from any thread
 
@@ -813,6 +811,17 @@ class Room:
                 self._recover(client)
             self._wake([client])
             return client in self._slow
+
+    def _who(self, client: Client) -> str:
+        """Return a notice that names the first who are here, in order of arrival, and ``client``."""
+        clients = (member for member in self._members.copy() if isinstance(member, Client))  # perhaps without the turn
+        shown = list(itertools.islice(clients, WHO_SHOWN))
+        if client not in shown:
+            shown[WHO_SHOWN - 1 :] = [client]
+        names = ", ".join(member.label + (" (you)" if member is client else "") for member in shown)
+        count = len(self._clients)
+        more = f", and {count - len(shown)} more" if count > len(shown) else ""
+        return f"* {count} here: {names}{more}{self._link.elsewhere() if self._link else ''}"
 
     # Runs in the server thread
 
@@ -914,17 +923,6 @@ class Room:
         self._members.remove(client)
         self._console.say("Connection closed")
 
-    def _who(self, client: Client) -> str:
-        """Return a notice that names the first who are here, in order of arrival, and ``client``."""
-        clients = (member for member in self._members if isinstance(member, Client))
-        shown = list(itertools.islice(clients, WHO_SHOWN))
-        if client not in shown:
-            shown[WHO_SHOWN - 1 :] = [client]
-        names = ", ".join(member.label + (" (you)" if member is client else "") for member in shown)
-        count = len(self._clients)
-        more = f", and {count - len(shown)} more" if count > len(shown) else ""
-        return f"* {count} here: {names}{more}{self._link.elsewhere() if self._link else ''}"
-
     # Call with the queue's lock held
 
     def _free_label(self, port: int) -> str:
@@ -959,9 +957,10 @@ class Room:
         size = self._round_bytes() // (len(self._queue) + 1)  # the next round has one for everyone who wants to speak
         if self._slow:
             size = min(size, self._client_budget // 4)
+        size = max(size, PORTION_BYTES)
         block, rest = labelled(speaker.label, lines), b""
-        if len(block) > max(size, PORTION_BYTES):  # as many lines as would fit if all were of one length
-            some = front(lines, max(size, PORTION_BYTES) * len(lines) // len(block))
+        if len(block) > size:  # as many lines as would fit if all were of one length
+            some = front(lines, size * len(lines) // len(block))
             block, rest = labelled(speaker.label, some), lines[len(some) :]
         return (block, rest) if self._may_say(speaker, block) else None
 

@@ -387,9 +387,13 @@ class Announce(People):
     options = ("--announce",)
 
     def setUp(self) -> None:
-        super().setUp()
+        SharedServerTestCase.setUp(self)
+        self.ann = self.peer()
+        self.ann.say("/who")  # is answered when all others have been told of ann: nobody yet
+        self.ann.expect(*[f"* 1 here: {self.ann.label} (you)"] * 2)
+        self.bob = self.peer()
         first, second = self.ann.label, self.bob.label
-        self.ann.expect(f"* 1 here: {first} (you)", f"* {second} joined")
+        self.ann.expect(f"* {second} joined")
         self.bob.expect(f"* 2 here: {first}, {second} (you)")
 
     def test_comings_and_goings_are_told_to_the_others(self) -> None:
