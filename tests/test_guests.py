@@ -18,6 +18,7 @@ from unittest import mock
 import mychatclient
 import mychatserver
 from tests.support import (
+    ASKED,
     CLIENT,
     LOOPBACK,
     NEEDS_IPV6,
@@ -312,11 +313,11 @@ class Clients(Guests):
     """The client at a server that wants a password, or does not."""
 
     def client(self, server: Server, *options: str) -> Program:
-        command = (*PYTHON, CLIENT, *options, LOOPBACK, str(server.port))
+        command = (*command_of(CLIENT, ASKED), *options, LOOPBACK, str(server.port))
         program: Program = self.stack.enter_context(Program(*command, keep_input=True))
         return program
 
-    def terminal(self, server: Server, *options: str, constants: Mapping[str, object] | None = None) -> Terminal:
+    def terminal(self, server: Server, *options: str, constants: Mapping[str, object] = ASKED) -> Terminal:
         command = (*command_of(CLIENT, constants), "--no-color", *options, LOOPBACK, str(server.port))
         terminal: Terminal = self.stack.enter_context(Terminal(*command))
         return terminal
@@ -326,12 +327,12 @@ class Clients(Guests):
         server = self.ask()
         for options in ((), ("--reconnect",)):
             with self.subTest(options=options):
-                command = (*PYTHON, CLIENT, *options, LOOPBACK, str(server.port))
+                command = (*command_of(CLIENT, ASKED), *options, LOOPBACK, str(server.port))
                 with Terminal(*command, own=False) as terminal:
                     terminal.type("hello all\r")
                     self.assertEqual(terminal.wait(), 1)
                     self.assertIn("A password is asked for: give --password-file FILE", terminal.screen())
-        command = (*PYTHON, CLIENT, "--password", LOOPBACK, str(server.port))
+        command = (*command_of(CLIENT, ASKED), "--password", LOOPBACK, str(server.port))
         with Program("setsid", "--wait", *command, keep_input=True) as program:
             self.assertEqual(program.wait(), 1)
             self.assertEqual(program.errors(), f"{mychatclient.UNANSWERED}\n")
@@ -373,7 +374,7 @@ class Clients(Guests):
             sent.append(sock.recv(100))
 
         with home_made_server(serve) as port:
-            command = (*PYTHON, CLIENT, LOOPBACK, str(port))
+            command = (*command_of(CLIENT, ASKED), LOOPBACK, str(port))
             with Program(*command, keep_input=True) as program:
                 eventually(lambda: program.errors())
                 with contextlib.suppress(BrokenPipeError):  # it may have ended by now
@@ -494,7 +495,8 @@ class Clients(Guests):
 
     def test_reconnecting_gives_the_password_again_and_ends_when_it_is_wrong_now(self) -> None:
         server = self.ask()
-        client = self.terminal(server, "--reconnect", "--name", "ann", constants={"RECONNECT_SECONDS": (0.1, 0.2, 0.5)})
+        soon = {**ASKED, "RECONNECT_SECONDS": (0.1, 0.2, 0.5)}
+        client = self.terminal(server, "--reconnect", "--name", "ann", constants=soon)
         client.wait_for("Password: ")
         client.type(f"{SECRET}\n")
         client.wait_for("is now ann\n")

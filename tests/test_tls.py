@@ -23,6 +23,7 @@ import mychatclient
 import mychatserver
 from tests import test_reference
 from tests.support import (
+    ASKED,
     CLIENT,
     LONG,
     LOOPBACK,
@@ -651,7 +652,7 @@ class Locked(TestCase):
             with client(server.port, *known, str(folder / "wrong")) as program:
                 self.assertEqual((program.wait(), program.output), (1, b""))
                 self.assertIn("Wrong password: ", program.errors())
-            with client(server.port, *known[:2]) as program:
+            with Program(*command_of(CLIENT, ASKED), *known[:2], LOOPBACK, str(server.port)) as program:
                 self.assertEqual(program.wait(), 1)
                 self.assertIn("A password is asked for", program.errors())
             with client(server.port, *known, str(folder / "password")) as ann:
