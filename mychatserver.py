@@ -2205,6 +2205,7 @@ LISTENING_PROBLEMS = {
     errno.EADDRINUSE: "Port {port} is taken: a server may be running there already; choose another with --port.",
     errno.EADDRNOTAVAIL: "{host} is not an address of this machine: give --host one that is, or 0.0.0.0 for all.",
     errno.EACCES: "No permission to listen on port {port}: choose one from 1024 up with --port.",
+    0: "Cannot listen on {host} port {port}: {reason}; choose another with --host or --port.",  # whatever else
 }
 NEEDED_OPTIONS = {"tls_key": "tls_cert", "room": "nats", "server_name": "nats", "nats_ca": "nats", "nats_creds": "nats"}
 
@@ -2219,8 +2220,8 @@ def open_listener(host: str, port: int) -> socket.socket:
         problem = f"Unknown host {host!r}: give --host an address of this machine; a port goes to --port."
         raise Unusable(problem) from None
     except OSError as error:
-        other = f"Cannot listen on {{host}} port {{port}}: {error.strerror}; choose another with --host or --port."
-        raise Unusable(LISTENING_PROBLEMS.get(error.errno or 0, other).format(host=host, port=port)) from None
+        sentence = LISTENING_PROBLEMS.get(error.errno or 0, LISTENING_PROBLEMS[0])
+        raise Unusable(sentence.format(host=host, port=port, reason=error.strerror)) from None
     listener.setblocking(False)
     return listener
 
