@@ -244,9 +244,6 @@ class Screen:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
         return True
 
-    def look_up(self) -> None:
-        """Have the main thread look for signals, if one can come together with a key and not end its wait."""
-
     # Runs in the main thread
 
     def say(self, text: str) -> None:
@@ -377,9 +374,6 @@ if sys.platform != "win32":
             self.wake()
             while not self._shown.wait(INTERRUPT_SECONDS):
                 self.wake()
-
-        def look_up(self) -> None:
-            self.wake()
 
         # Runs in the main thread
 
@@ -1156,8 +1150,8 @@ class Conversation:
             for block in self._connections.blocks():
                 if block:
                     self._screen.show(block)
-                else:
-                    self._screen.look_up()
+                elif sys.platform != "win32":
+                    self._screen.wake()  # a signal that came together with a key did not end the main thread's wait
                 if self._screen.gone:
                     break
         except NotConnected as error:
