@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import unittest
-from typing import Any, ClassVar
+from typing import Any
 
 from mychatserver import LINE_TOO_LONG
 from tests import bench
@@ -26,11 +26,13 @@ from tests.support import (
     Peer,
     Program,
     Server,
+    SharedServerTestCase,
     TestCase,
     eventually,
     unread,
 )
 from tests.test_lan import IP, Host
+from tests.test_wire import WireTestCase
 
 SECRET = "sesame"
 OLD_PYTHONS = {
@@ -55,33 +57,12 @@ time.strftime = lambda form, moment=None: real_format(form, moment or time.local
 """
 
 
-class OnAServer(TestCase):
-    """Tests that share one server; each has people of its own, and closes them."""
-
-    options: ClassVar[tuple[str, ...]] = ()
-    server: ClassVar[Server]
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.server = Server(*cls.options)
-        cls.addClassCleanup(cls.server.__exit__)
-
-    def setUp(self) -> None:
-        self.ann, self.bob = self.enter(), self.enter()
+class OnAServer(WireTestCase):
+    """Two peers in a server that all tests of a class share."""
 
     def connect(self, **options: Any) -> Peer:
         peer = self.server.connect(LOOPBACK, **options)
         self.addCleanup(peer.close)
-        return peer
-
-    def console_has(self, line: str) -> None:
-        """Fail unless the console shows a line, now or soon."""
-        eventually(lambda: f"{line}\n".encode() in self.server.output, f"{line!r} is not shown")
-
-    def enter(self) -> Peer:
-        """Return a peer that is in the room."""
-        peer = self.connect()
-        self.console_has(f"New connection from : {peer.address}")
         return peer
 
     def name(self, peer: Peer, name: str) -> None:
@@ -91,32 +72,20 @@ class OnAServer(TestCase):
             listener.expect(f"* {peer.label} is now {name}")
         peer.label = name
 
-    def fence(self, *listeners: Peer) -> None:
-        """Fail unless they have nothing unread: what a third one says must be next."""
-        third = self.enter()
-        third.say("fence")
-        for listener in listeners:
-            listener.expect(f"{third.label}:fence")
-        third.close()
-
-    def hears(self, sent: str | bytes, *lines: str) -> None:
-        """Fail unless bob gets just these lines of ann's, and ann nothing."""
-        self.ann.send(sent)
-        self.bob.expect(*(f"{self.ann.label}:{line}" for line in lines))
-        self.fence(self.ann, self.bob)
-
-    def packets(self, peer: Peer, *pieces: str | bytes) -> None:
-        """Send pieces, each once the server has read those before."""
+    def packets(self, peer: Peer, *pieces: str | bytes) -> bool:
+        """Send pieces, each once the server has read those before; return whether it took less than a second."""
+        began = time.monotonic()
         for piece in pieces:
             peer.send(piece)
             eventually(lambda: not unread(self.server, peer))
+        return time.monotonic() < began + 1.0
 
     def let_a_second_pass(self) -> None:
         """Return when a home-made client's line has come, which takes as long as silence that ends a line."""
-        home_made = self.enter()
+        home_made = self.peer()
         home_made.send("a second has passed")
         for listener in (self.ann, self.bob):
-            listener.expect(f"{home_made.label}:a second has passed")
+            listener.wait_for(home_made.label, "a second has passed")
         home_made.close()
 
 
@@ -125,7 +94,7 @@ class Lines(OnAServer):
         """What stands before it goes out, what stands behind it does not."""
         for word in ("exit", "Exit", "EXIT", " \teXiT \t", "/exit", "/Exit", "/quit", " /QUIT"):
             with self.subTest(word=word):
-                listener, leaver = self.enter(), self.enter()
+                listener, leaver = self.peer(), self.peer()
                 leaver.send(f"before\n{word}\nafter\n")
                 leaver.expect_end()
                 listener.expect(f"{leaver.label}:before")
@@ -150,13 +119,14 @@ class Lines(OnAServer):
     def test_a_single_character_anywhere_in_a_line_keeps_silence_from_ending_it(self) -> None:
         for pieces in (("lo", "x", "yz"), ("lo", "yz", "x")):
             with self.subTest(pieces=pieces):
-                typist = self.enter()
-                self.packets(typist, *pieces)
+                typist = self.peer()
+                while not self.packets(typist, *pieces):  # a busy machine: silence may have ended a line
+                    typist = self.peer()
                 self.let_a_second_pass()
                 typist.send("!")
                 typist.half_close()
                 for listener in (self.ann, self.bob):
-                    listener.expect(f"{typist.label}:{''.join(pieces)}!")
+                    listener.wait_for(typist.label, f"{''.join(pieces)}!")
 
     def test_a_home_made_clients_pieces_are_lines_as_before(self) -> None:
         """Each is of two characters or more: silence ends it."""
@@ -212,7 +182,7 @@ class Strangers(OnAServer):
 
     def answered(self, *pieces: bytes) -> None:
         before = self.server.output.count(b"Connection closed\n")
-        stranger = self.enter()
+        stranger = self.peer()
         for piece in pieces:
             with contextlib.suppress(ConnectionError):  # it may be answered and closed before the last
                 stranger.send(piece)
@@ -457,10 +427,11 @@ class Announced(OnAServer):
     options = ("--announce",)
 
     def setUp(self) -> None:
-        self.ann = self.enter()
+        SharedServerTestCase.setUp(self)
+        self.ann = self.peer()
         self.ann.say("/who")  # is answered when all others have been told of ann: nobody yet
         self.ann.expect(*[f"* 1 here: {self.ann.label} (you)"] * 2)
-        self.bob = self.enter()
+        self.bob = self.peer()
         self.ann.expect(f"* {self.bob.label} joined")
         self.bob.expect(f"* 2 here: {self.ann.label}, {self.bob.label} (you)")
         self.addCleanup(self.leave)

@@ -20,9 +20,9 @@ class WireTestCase(SharedServerTestCase):
         super().setUp()
         self.ann, self.bob = self.peer(), self.peer()
 
-    def hears(self, sent: bytes | list[bytes], *lines: str) -> None:
+    def hears(self, sent: str | bytes | list[bytes], *lines: str) -> None:
         """Fail unless bob gets these lines of ann's, and nothing else, and ann nothing."""
-        for piece in [sent] if isinstance(sent, bytes) else sent:
+        for piece in sent if isinstance(sent, list) else [sent]:
             self.ann.send(piece)
         self.bob.expect(*(f"{self.ann.label}:{line}" for line in lines))
         self.fence(self.ann, self.bob)
