@@ -1169,12 +1169,10 @@ class Server:
         self._clients: set[Client] = set()  # all with a handler, in the room or not
         self._flushing: set[Client] = set()  # those with an outbox: watched until they can take more
         self._selector = selectors.DefaultSelector()
-        self._listeners: dict[socket.socket | Discovery, Callable[[], None]] = {
-            listener: functools.partial(self._accept, listener)
-        }
+        self._listeners: dict[socket.socket, Callable[[], None]] = {listener: functools.partial(self._accept, listener)}
         if discovery:
             self._listeners[discovery] = functools.partial(self._on_datagram, discovery)
-        self._pausing: set[socket.socket | Discovery] = set(self._listeners)  # those that are not watched now
+        self._pausing: set[socket.socket] = set(self._listeners)  # those that are not watched now
         self._until_tick = Deadline(TICK_SECONDS)
         self._stopping = False
         self._stopped = False
@@ -1258,7 +1256,7 @@ class Server:
             listener = self._pausing.pop()
             self._selector.register(listener, selectors.EVENT_READ, self._listeners[listener])
 
-    def _pause(self, listener: socket.socket | Discovery) -> None:
+    def _pause(self, listener: socket.socket) -> None:
         """Watch it no more until the next tick, or until fewer are crossing."""
         self._selector.unregister(listener)
         self._pausing.add(listener)
@@ -1485,7 +1483,7 @@ ANSWERS_A_SECOND = 20  # to one host: what a rude one asks more is ignored, and 
 DATAGRAMS_A_SECOND = 5_000  # a flood of more is left to the system, which drops it: a few per cent of a processor
 
 
-class Discovery:
+class Discovery(socket.socket):
     """Answers ``mychatclient.py --lan``, which asks the whole network whether a server is there.
 
     A question is a broadcast UDP datagram of QUESTION_BYTES, ``mychat?1 TOKEN`` and blanks, TOKEN being 16 hexadecimal
@@ -1499,20 +1497,16 @@ class Discovery:
         """Tell of a chat on ``port`` whoever asks. Raises OSError when DISCOVERY_PORT is taken."""
         import secrets
 
+        super().__init__(socket.AF_INET, socket.SOCK_DGRAM)
+        # So that a second server on this machine hears the questions too.
+        shared = getattr(socket, "SO_REUSEPORT" if sys.platform == "darwin" else "SO_REUSEADDR")
+        self.setsockopt(socket.SOL_SOCKET, shared, 1)
+        self.setblocking(False)
+        self.bind(("", DISCOVERY_PORT))
         name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
         self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
         # Of the last second: which it was, how much was read in it, and the answers to each host.
         self._second, self._count, self._answers = 0, 0, collections.Counter[str]()
-        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        # So that a second server on this machine hears the questions too.
-        shared = getattr(socket, "SO_REUSEPORT" if sys.platform == "darwin" else "SO_REUSEADDR")
-        self._sock.setsockopt(socket.SOL_SOCKET, shared, 1)
-        self._sock.setblocking(False)
-        self._sock.bind(("", DISCOVERY_PORT))
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor, for a selector."""
-        return self._sock.fileno()
 
     # Runs in the server thread
 
@@ -1522,16 +1516,12 @@ class Discovery:
             self._second, self._count, self._answers = second, 0, collections.Counter()
         self._count += 1
         with contextlib.suppress(OSError):  # it is none, or too long for Windows, or there is no way back to the asker
-            data, (host, port) = self._sock.recvfrom(QUESTION_BYTES + 1)
+            data, (host, port) = self.recvfrom(QUESTION_BYTES + 1)
             question = QUESTION.fullmatch(data)
             if question and self._answers[host] < ANSWERS_A_SECOND:
                 self._answers[host] += 1
-                self._sock.sendto(b"mychat!1 %s %s" % (question[1], self._fields), (host, port))
+                self.sendto(b"mychat!1 %s %s" % (question[1], self._fields), (host, port))
         return self._count < DATAGRAMS_A_SECOND
-
-    def close(self) -> None:
-        """Answer no more."""
-        self._sock.close()
 
 
 # --- Guests: who may come in, and how much each may say; off until asked for, a reader may skip it --------------------

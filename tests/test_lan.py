@@ -360,11 +360,10 @@ def discovery(host_name: str = "annas-laptop") -> Iterator[tuple[mychatserver.Di
     with (
         mock.patch("socket.gethostname", return_value=host_name),
         mock.patch.object(mychatserver, "DISCOVERY_PORT", 0),
-        contextlib.closing(mychatserver.Discovery(12_345)) as answering,
-        socket.socket(fileno=os.dup(answering.fileno())) as same,
+        mychatserver.Discovery(12_345) as answering,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking,
     ):
-        asking.connect((LOOPBACK, same.getsockname()[1]))
+        asking.connect((LOOPBACK, answering.getsockname()[1]))
         yield answering, asking
 
 

@@ -171,10 +171,10 @@ class Discovery(unittest.TestCase):
     @example(b"mychat?1 0123456789abcdef".ljust(128))
     def test_only_a_question_gets_an_answer_and_that_is_shorter(self, data: bytes) -> None:
         self.sock.reset_mock()
-        with mock.patch("socket.socket", return_value=self.sock):
-            discovery = mychatserver.Discovery(54_321)
-        self.sock.recvfrom.side_effect = [(data, ("10.0.0.1", 9)), BlockingIOError]
-        discovery.answer()
+        with mock.patch.object(mychatserver, "DISCOVERY_PORT", 0), mychatserver.Discovery(54_321) as discovery:
+            self.sock.recvfrom.side_effect = [(data, ("10.0.0.1", 9)), BlockingIOError]
+            with mock.patch.multiple(discovery, recvfrom=self.sock.recvfrom, sendto=self.sock.sendto):
+                discovery.answer()
         answers = [call.args for call in self.sock.sendto.call_args_list]
         if (
             len(data) == 128
