@@ -1103,7 +1103,6 @@ def obey(room: Room, client: Client, line: str) -> None:
 # --- The server: the thread that accepts, flushes outboxes, and keeps the clock ---------------------------------------
 
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
-ACCEPTS_A_PASS = 64  # before outboxes have their turn again
 CROSSING_MAX = 16  # on their way in or out at once: who connects and resets without end must not make more threads
 MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
@@ -1175,7 +1174,6 @@ class Server:
         self._pausing: set[socket.socket] = set(self._listeners)  # those that are not watched now
         self._until_tick = Deadline(TICK_SECONDS)
         self._stopping = False
-        self._stopped = False
         self._problem = ""  # why nobody could be accepted, as said last
         self._refused_hosts: set[str] = set()  # of which a refusal was shown since the last tick
 
@@ -1193,7 +1191,7 @@ class Server:
         thread = threading.Thread(target=self._serve, name="server")
         thread.start()
         thread.join()
-        return 0 if self._stopped else 1  # an exception that nobody foresaw has ended the thread, and was shown
+        return 0 if self._stopping else 1  # an exception that nobody foresaw has ended the thread, and was shown
 
     # Runs in the server thread
 
@@ -1222,7 +1220,6 @@ class Server:
             self._pass(deadline)
         # 4. Those who do not close stay behind. Waking thousands of handlers would only take time.
         self._room.dismiss()
-        self._stopped = True
 
     def _pass(self, deadline: Deadline) -> None:
         """Wait for something to do, up to the deadline, and do it."""
@@ -1266,38 +1263,34 @@ class Server:
             self._pause(discovery)
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTS_A_PASS):
-            if len(self._crossing) >= CROSSING_MAX:
-                self._pause(listener)
-                return
-            try:
-                sock, address = listener.accept()
-            except BlockingIOError:
-                return
-            except ConnectionAbortedError:  # the peer left while it waited
-                continue
-            except OSError as error:
-                self._cannot_accept(listener, error)
-                return
-            if not address:  # reset while it waited, as macOS tells it
-                sock.close()
-                continue
-            address = plain_address(address)
-            if not self._guests.are_allowed_from(address[0]):
-                sock.close()
-                self._show_refused(address)
-                continue
-            client = Client(sock, address, self._on_change, self._new_codec() if self._new_codec else None)
-            # Before its handler starts, or a client that leaves at once would be taken out before it is in.
-            self._clients.add(client)
-            self._crossing.add(client)
-            try:
-                threading.Thread(target=self._handle, args=(client,), daemon=True).start()
-            except (RuntimeError, MemoryError) as error:  # no more threads
-                self._crossing.remove(client)
-                self._close(client)
-                self._cannot_accept(listener, error)
-                return
+        if len(self._crossing) >= CROSSING_MAX:
+            self._pause(listener)
+            return
+        try:
+            sock, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # the peer left while it waited
+            return
+        except OSError as error:
+            self._cannot_accept(listener, error)
+            return
+        if not address:  # as macOS tells that it left
+            sock.close()
+            return
+        address = plain_address(address)
+        if not self._guests.are_allowed_from(address[0]):
+            sock.close()
+            self._show_refused(address)
+            return
+        client = Client(sock, address, self._on_change, self._new_codec() if self._new_codec else None)
+        # Before its handler starts, or a client that leaves at once would be taken out before it is in.
+        self._clients.add(client)
+        self._crossing.add(client)
+        try:
+            threading.Thread(target=self._handle, args=(client,), daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            self._crossing.remove(client)
+            self._close(client)
+            self._cannot_accept(listener, error)
 
     def _cannot_accept(self, listener: socket.socket, error: Exception) -> None:
         """Say once why nobody more can be accepted; try again at the next tick."""
