@@ -16,8 +16,8 @@ The wire
 
 The threads, and who owns what
     main            waits; the signals that stop the server wake the server thread.
-    server thread   accepts, starts the handlers, flushes outboxes, keeps the clock; owns the selector.
-    handler         one a client: reads, cuts off whole lines, relays them; opens and closes its socket.
+    server thread   accepts, starts the handlers, flushes outboxes, keeps the clock; owns the selector, closes sockets.
+    handler         one a client: reads, cuts off whole lines, relays them.
     writers         one each for standard output, standard error and the log, however slow those are.
     With ``--nats`` three more threads join this room with those of other servers: see Other servers.
 
@@ -98,15 +98,14 @@ class Framer:
     """Cuts a stream of bytes into blocks of whole lines: the same lines, however the bytes were cut into packets."""
 
     def __init__(self) -> None:
-        self._partial = bytearray()  # the unfinished line
+        self._partial: bytearray | None = bytearray()  # the unfinished line; None when it has passed the limit
         self._return = b""  # a last "\r": the next byte tells whether it ends a line
-        self._skipping = False  # the unfinished line has passed the limit
         self._sends_newlines = False  # or will: a piece was a single character, so somebody types key by key
 
     @property
     def ends_by_silence(self) -> bool:
         """Whether silence would end the unfinished line: its sender has never sent a newline, nor a single key."""
-        return not self._sends_newlines and bool(self._partial or self._skipping)
+        return not self._sends_newlines and (self._partial is None or len(self._partial) > 0)
 
     def feed(self, data: bytes) -> tuple[bytes, bool]:
         """Take READ_BYTES at most; return the whole lines, each with ``\n``, and whether a line has got too long.
@@ -126,33 +125,27 @@ class Framer:
                 self._sends_newlines = len(TELNET.sub(b"", data).decode("utf-8", "replace")) == 1
             return b"", self._keep(data)
         self._sends_newlines = True
-        first = data.index(b"\n") + 1
-        too_long = not self._skipping and len(self._partial) + first - 1 > MAX_LINE_BYTES
-        block = data[first:end] if self._skipping or too_long else bytes(self._partial) + data[:end]
-        self._forget()
+        first, partial = data.index(b"\n"), self._partial
+        too_long = partial is not None and len(partial) + first > MAX_LINE_BYTES
+        block = data[first + 1 : end] if partial is None or too_long else bytes(partial) + data[:end]
+        self._partial = bytearray()
         return block, self._keep(data[end:]) or too_long
 
     def rest(self) -> bytes:
         """End the unfinished line, as end-of-file and silence do; return it as a block, empty if there is none."""
         self._keep(self._return)
-        self._return = b""
-        line = bytes(self._partial)
-        self._forget()
-        return line + b"\n" if line else b""
+        line, self._partial, self._return = self._partial, bytearray(), b""
+        return bytes(line) + b"\n" if line else b""
 
     def _keep(self, data: bytes) -> bool:
-        """Add to the unfinished line; return whether it has got too long just now."""
-        if self._skipping:
+        """Add to the unfinished line; return whether that has just passed the limit."""
+        if self._partial is None:
             return False
         self._partial += data
-        if len(self._partial) > MAX_LINE_BYTES:
-            self._partial.clear()
-            self._skipping = True
-        return self._skipping
-
-    def _forget(self) -> None:
-        self._partial.clear()
-        self._skipping = False
+        if len(self._partial) <= MAX_LINE_BYTES:
+            return False
+        self._partial = None
+        return True
 
 
 def clean(block: bytes) -> bytes:
