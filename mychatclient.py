@@ -6,8 +6,8 @@ standard input it is a filter: it sends what it reads, half-closes at the end, a
 server closes.
 
 The threads, and who owns what
-    main      the input loop: waits for what is typed or piped, and sends it. All signals are handled here, and with a
-              line editor everything is drawn here.
+    main      the input loop: waits for what is typed or piped, and sends it. All signals are handled here, and while a
+              person types, in a line editor, everything is drawn here.
     receive   reads the connection, has the screen show what came, and connects again. When nothing more comes it
               interrupts the input loop.
 
@@ -341,7 +341,7 @@ if sys.platform != "win32":
             if ("libedit" in (readline.__doc__ or "")) != self.is_libedit or not hasattr(library, self.needs):
                 raise ImportError
             self._readline, self._library = readline, library
-            self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
+            self._block = b""  # to be shown: the receive thread leaves the next one when the main thread has shown it
             self._shown = threading.Event()
             for setting in (
                 "set enable-bracketed-paste off",
@@ -514,8 +514,9 @@ class PromptToolkitEditor(Screen):
         self._app = self._session.app
         output: Any = self._app.output
         output.enable_bracketed_paste = lambda: None  # so that a newline in what is pasted is Enter
-        self._block = b""  # to be shown; one at a time, so that a stopped terminal stops the reading
-        self._is_editing = False  # the main thread is in the loop, which would swallow what is raised there
+        self._block = b""  # to be shown: the receive thread leaves the next one when this one was shown
+        # Set by the main thread, on Windows the second one by the receive thread.
+        self._is_editing = False  # it is in the loop, which would swallow what is raised there
         self._is_over = False  # so the loop is to raise
         if sys.platform != "win32":
             import tty
@@ -1049,7 +1050,7 @@ class Conversation:
                 self._wait_for_server(is_patient=not (is_sent and self._is_typed))
             self._is_interruptible = False
         except Interrupted:
-            pass
+            self._is_interruptible = False
         block_signals(())
         return self._farewell()
 
