@@ -263,9 +263,9 @@ class Flow(Room):
 
 
 class SlowConsumers(Room):
-    """What is waited for, and for how long: with a floor of one second, and buffers that soon are full."""
+    """What is waited for, and for how long: with a floor of two seconds, and buffers that soon are full."""
 
-    constants = {"FLOOR_SECONDS": 1, "STALL_SECONDS": 600}
+    constants = {"FLOOR_SECONDS": 2, "STALL_SECONDS": 600}
     setup = SMALL_BUFFERS
 
     def test_a_client_that_never_reads_is_let_go_and_others_lose_nothing(self) -> None:
@@ -299,10 +299,10 @@ class SlowConsumers(Room):
         self.assertTrue(crawl.done.wait(SECONDS))
 
 
-class StoppedReaders(Room):
-    """With a small backlog, and nobody who waits for them."""
+class WritersAlone(Room):
+    """With a floor of more seconds than a busy machine has those wait who read."""
 
-    constants = {"FLOOR_SECONDS": 0.5, "STALL_SECONDS": 2}
+    constants = {"FLOOR_SECONDS": 2, "STALL_SECONDS": 4}
     setup = SMALL_BUFFERS
 
     def test_two_programs_that_write_without_reading_are_let_go_and_others_chat_on(self) -> None:
@@ -338,6 +338,13 @@ class StoppedReaders(Room):
         for number in range(count):
             peer.wait_for(label, f"number {number}")
         peer.read_to_end()
+
+
+class StoppedReaders(Room):
+    """With a small backlog, and nobody who waits for them."""
+
+    constants = {"FLOOR_SECONDS": 0.5, "STALL_SECONDS": 2}
+    setup = SMALL_BUFFERS
 
     def test_who_takes_nothing_of_a_small_backlog_has_longer_before_it_is_let_go(self) -> None:
         talker, reader, _ = self.peer(), self.peer(), self.peer(receive_buffer=8_192)
