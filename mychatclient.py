@@ -971,8 +971,8 @@ class Connections:
 # By name, as Windows has not all of them.
 ENDING = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")}
 HANDLED = ENDING | {number for number in signal.Signals if number.name in ("SIGURG", "SIGTSTP", "SIGCONT")}
-LEAVE_SECONDS = 1.0  # for the server to close after exit, since what was sent has last moved on its way
-LEAVE_UNSEEN_SECONDS = 10.0  # the same where nothing tells what is on its way
+LEAVE_SECONDS = 1.0  # for the server to close after exit, since all that was sent has arrived there
+LEAVE_UNSENT_SECONDS = 10.0  # since some has last arrived, or for all where nothing tells
 NOT_SENT = "* not connected: this line was not sent"
 
 
@@ -1099,7 +1099,7 @@ class Conversation:
             unsent = self._connections.current.unsent()
             if unsent != before:
                 moved, before = time.monotonic(), unsent
-            seconds = LEAVE_UNSEEN_SECONDS if unsent is None else LEAVE_SECONDS
+            seconds = LEAVE_SECONDS if unsent == 0 else LEAVE_UNSENT_SECONDS  # lost packets may hold all up for some
             if not is_patient and time.monotonic() - moved > seconds:
                 return
             time.sleep(INTERRUPT_SECONDS)

@@ -38,7 +38,7 @@ setUpModule, tearDownModule = test_tls.setUpModule, test_tls.tearDownModule  # f
 GREETING = "Connected to chat server. Type 'exit' to leave."
 TC = shutil.which("tc", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") or ""
 HERE, THERE = "10.77.0.1", "10.77.0.2"
-LINES = 600 if LONG else 60
+LINES = 240 if LONG else 60
 TALK = """
 import contextlib, socket, ssl, sys, time
 talking = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
