@@ -1771,13 +1771,10 @@ class Codec:
         """Return what is to be sent for ``pieces``."""
         if not self.is_ready:
             return pieces
-        whole = memoryview(b"".join(pieces))
-        ciphertext: list[memoryview] = []
         with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
-            for start in range(0, len(whole), READ_BYTES):  # in steps: buffers that stay in the processor's cache
-                self._tls.write(whole[start : start + READ_BYTES])
-                ciphertext += self.output()
-        return ciphertext
+            for piece in pieces:
+                self._tls.write(piece)
+        return self.output()
 
     def decrypted(self, data: bytes) -> bytes | None:
         """Return the text that can be read with more ciphertext, empty at close_notify; None if there is none.
