@@ -1759,13 +1759,9 @@ class Codec:
             if not data:
                 raise ConnectionResetError
             self._received.write(data)
-            try:
-                with contextlib.suppress(self._wants_more):
-                    self._tls.do_handshake()
-                    self.is_ready = True
-            finally:
-                sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
-        self.early = self._text()
+            self.early = self._text()  # which does the handshake first
+            self.is_ready = self._tls.version() is not None
+            sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
 
     def encrypted(self, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
         """Return what is to be sent for ``pieces``."""
