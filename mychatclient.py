@@ -163,8 +163,7 @@ class Style:
             if label.casefold() in self._ignored:
                 return ""
             self._remember(label)
-            us = rf"(?<!\w){re.escape(self.own_label)}(?!\w)"
-            is_for_us = bool(is_private or (self.own_label and re.search(us, text, re.IGNORECASE)))
+            is_for_us = bool(is_private or naming(self.own_label).search(text))
             bold = self._bold if is_for_us else ""
             row = (
                 coloured(bold, line) if is_private else f"{coloured(self.labels[label], label)}:{coloured(bold, text)}"
@@ -204,6 +203,12 @@ class Style:
             self.labels[label] = self.labels.pop(label, "") or next(self._colours)
         if len(self.labels) > LABELS_REMEMBERED:
             del self.labels[next(iter(self.labels))]
+
+
+@functools.lru_cache(maxsize=1)
+def naming(label: str) -> re.Pattern[str]:
+    """Return the pattern that finds a label in a text, whatever the case, or where there is none nothing."""
+    return re.compile(rf"(?<!\w){re.escape(label)}(?!\w)" if label else "(?!)", re.IGNORECASE)
 
 
 def coloured(colour: str, text: str) -> str:
