@@ -256,7 +256,7 @@ class Screen:
         self._write(f"{text}\n".encode())
 
     def say_last(self, text: str) -> None:
-        """The same; nobody shows anything behind it. Show nothing if somebody is stuck in showing something."""
+        """The same; nobody shows anything after it. Show nothing if somebody is stuck in showing something."""
         if self._lock.acquire(timeout=STUCK_SECONDS):  # for good
             self.say(text)
 
@@ -689,19 +689,27 @@ class Connection:
         line, newline, self._unread = text.partition(b"\n")
         return line + newline
 
-    def send(self, data: bytes) -> None:
-        """Send all. Blocks; raises OSError."""
+    def send(self, data: bytes) -> bool:
+        """Send all; return whether that worked. If not, what is received tells why. Blocks."""
+        try:
+            self._send(data)
+        except OSError:
+            return False
+        return True
+
+    def _send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
-    def send_line(self, line: bytes) -> None:
-        """Send a line that a person has entered, and remember that. Blocks; raises OSError."""
+    def send_line(self, line: bytes) -> bool:
+        """Send a line that a person has entered, as ``send``, and remember it for ``doubtful_lines``."""
         self._sent_bytes += len(line)
         self._lines.append((self._sent_bytes, time.monotonic()))
-        self.send(line)
+        return self.send(line)
 
     def half_close(self) -> None:
-        """Tell the server that no more will be sent. Raises OSError."""
-        self.sock.shutdown(socket.SHUT_WR)
+        """Tell the server that no more will be sent."""
+        with contextlib.suppress(OSError):  # it is lost: what is received tells why
+            self.sock.shutdown(socket.SHUT_WR)
 
     def unsent(self) -> int | None:
         """Return how many bytes the other end has not acknowledged; None where nothing tells."""
@@ -817,10 +825,11 @@ def blocks_from(connection: Connection) -> Iterator[bytes]:
         end = partial.rfind(b"\n") + 1
         sends_newlines = sends_newlines or end > 0
         whole, partial = partial[:end], partial[end:]
-        is_silent = data is None and not sends_newlines and not is_typed
-        if partial and (is_silent or data == b"" or len(partial) > MAX_SHOWN_BYTES):
+        is_line = data is None and not sends_newlines and not is_typed
+        if partial and (is_line or data == b"" or len(partial) > MAX_SHOWN_BYTES):
             whole, partial = whole + partial + b"\n", b""
-        is_typed = bool(partial) and (is_typed or len((data or b"").decode("utf-8", "replace")) == 1)
+        if not sends_newlines:
+            is_typed = bool(partial) and (is_typed or len((data or b"").decode("utf-8", "replace")) == 1)
         if begins and whole:
             check_beginning(whole)
             begins = False
@@ -911,6 +920,7 @@ class Connections:
         # Set by the main thread: the ends that are no surprise. Closed, when the input has ended; any, after exit.
         self.expected: tuple[type[NotConnected], ...] = ()
         # Set by the receive thread.
+        self.is_connected = True  # else ``current`` is the one that was lost
         self._name = name  # to ask the server for
         self._tries = 0  # to connect again, since a connection was steady
         self._begin(first)
@@ -935,7 +945,8 @@ class Connections:
                 if not self.connect_again:
                     raise
                 yield b"* connection lost, trying again\n"
-                self.current.close()  # so that nobody sends
+                self.is_connected = False
+                self.current.close()  # so that nothing is sent
                 if time.monotonic() - begun > STEADY_SECONDS:
                     self._tries = 0
                 while not self._has_reconnected(self.connect_again):
@@ -956,9 +967,10 @@ class Connections:
         if beginning is not None and (not beginning or beginning.startswith(REFUSED)):
             connection.close()
             return False
-        if self._style.own_label and not self._style.own_label[0].isdigit():  # not a port: the last name that we got
+        if not self._style.own_label[0].isdigit():  # not a port: the last name that we got
             self._name = self._style.own_label
         self._begin(connection)
+        self.is_connected = True
         return True
 
     def _begin(self, connection: Connection) -> None:
@@ -966,8 +978,7 @@ class Connections:
         self._style.own_label = connection.label
         if self._name:
             self._style.asked_for = self._name
-            with contextlib.suppress(OSError):  # lost: the reading will tell
-                connection.send(f"/nick {self._name}\n".encode("utf-8", "replace"))
+            connection.send(f"/nick {self._name}\n".encode("utf-8", "replace"))
         self.current = connection
 
 
@@ -1050,9 +1061,8 @@ class Conversation:
             block_signals(())
             self._screen.say(GREETING)
             start_thread(self._receive)
-            is_sent = self._send_input()
-            if is_sent or not self._connections.connect_again:
-                self._wait_for_server(is_patient=not (is_sent and self._is_typed))
+            is_lost = not self._send_input()
+            self._wait_for_server(is_patient=is_lost or not self._is_typed)
             self._is_interruptible = False
         except Interrupted:
             self._is_interruptible = False
@@ -1060,47 +1070,34 @@ class Conversation:
         return self._farewell()
 
     def _send_input(self) -> bool:
-        """Send what is entered, up to its end; return whether that worked. Blocks."""
+        """Send what is entered, up to its end; return whether it came to that. Blocks."""
         connections = self._connections
         for data, is_exit in typed(self._screen) if self._is_typed else piped():
             if is_exit:
                 connections.expected = (NotConnected,)
-            is_sent = self._send(data)
-            if is_exit:
-                return is_sent and self._half_close()
-            if not is_sent:
+            if not self._send(data) and not is_exit:
                 if not connections.connect_again:
                     return False
                 self._screen.notice(NOT_SENT)
-        connections.expected = (NotConnected,) if self._is_typed else (Closed,)
-        return self._half_close()
+            if is_exit:
+                break
+        else:
+            connections.expected = (NotConnected,) if self._is_typed else (Closed,)
+        connections.current.half_close()
+        return True
 
     def _send(self, data: bytes) -> bool:
         """Send what was entered; return whether that worked. Blocks."""
-        connection = self._connections.current
-        try:
-            if self._is_typed:
-                connection.send_line(data)
-            else:
-                connection.send(data)
-        except OSError:  # lost: the receive thread tells
-            return False
         command, _, name = data.strip().partition(b" ")
         if command.lower() == b"/nick":
             self._screen.style.asked_for = name[:100].decode("utf-8", "replace").strip()  # more is no name
-        return True
-
-    def _half_close(self) -> bool:
-        try:
-            self._connections.current.half_close()
-        except OSError:  # lost: the receive thread tells
-            return False
-        return True
+        connection = self._connections.current
+        return connection.send_line(data) if self._is_typed else connection.send(data)
 
     def _wait_for_server(self, is_patient: bool) -> None:
         """Wait for the server to close; unless patient, only while what was sent still moves on its way there."""
         moved, before = time.monotonic(), None
-        while not self._is_over:
+        while not self._is_over and self._connections.is_connected:
             unsent = self._connections.current.unsent()
             if unsent != before:
                 moved, before = time.monotonic(), unsent
@@ -1113,7 +1110,7 @@ class Conversation:
         """Note a signal that ends the program; draw what waits to be drawn; when all is over, raise Interrupted, once.
 
         No handler may run while what another has raised is on its way out of ``input``: CPython would take its results
-        for those of functions that have failed. So only that of SIGURG raises, which CPython calls behind those of the
+        for those of functions that have failed. So only that of SIGURG raises, which CPython calls after those of the
         other signals that have come; and with the signals blocked, until it is caught.
         """
         if number in ENDING:
@@ -1198,29 +1195,30 @@ class Password:
         """
         beginning = connection.read_line(QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds)
         if beginning == QUESTION:
-            self._answer(connection)
+            tries = TRIES if self._can_ask else 1
+            while not self._is_right(connection):
+                tries -= 1
+                if not tries:
+                    raise FatalConnectError(WRONG)
+                warn("Wrong password, try again.")
+                self._known = b""
         else:
             connection.put_back(beginning)
             if self._known and not beginning.startswith(REFUSED) and not self._has_joined:
                 warn(NOT_ASKED)
         self._can_ask, self._has_joined = False, True
 
-    def _answer(self, connection: Connection) -> None:
-        for tries_left in range(TRIES, 0, -1):
-            if not self._known and not self._can_ask:
-                raise FatalConnectError(UNANSWERED)
-            self._known = self._known or password_typed()
-            connection.send(self._known + b"\n")
-            reply = connection.read_line(ANSWER_SECONDS)
-            if reply == b"* password accepted\n":
-                return
-            if reply not in (b"* wrong password\n", REFUSED + b"wrong password\n"):
-                said = clean(reply).decode().strip("* \n") or "it has not answered"
-                raise NotConnected(f"The server has not let us in: {said}; {TRY_LATER}")
-            if not self._can_ask or tries_left == 1:
-                raise FatalConnectError(WRONG)
-            warn("Wrong password, try again.")
-            self._known = b""
+    def _is_right(self, connection: Connection) -> bool:
+        """Give the password, which a person may have to type; return whether the server takes it."""
+        if not self._known and not self._can_ask:
+            raise FatalConnectError(UNANSWERED)
+        self._known = self._known or password_typed()
+        connection.send(self._known + b"\n")
+        reply = connection.read_line(ANSWER_SECONDS)
+        if reply not in (b"* password accepted\n", b"* wrong password\n", REFUSED + b"wrong password\n"):
+            said = clean(reply).decode().strip("* \n") or "it has not answered"
+            raise NotConnected(f"The server has not let us in: {said}; {TRY_LATER}")
+        return reply == b"* password accepted\n"
 
 
 def password_typed() -> bytes:
@@ -1350,7 +1348,7 @@ class SecureConnection(Connection):
         data: bytes | None = self._do(self._ssl.recv, READ_BYTES, seconds)
         return data
 
-    def send(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[self._do(self._ssl.send, rest) or 0 :]
@@ -1415,12 +1413,12 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
         secure.setblocking(False)
         return SecureConnection(secure)
     except (OSError, ValueError) as error:
-        problem = tls_problem(error, sock, host, f"{host} port {port}")
+        problem = tls_problem(error, host, f"{host} port {port}")
         sock.close()
         raise problem from None
 
 
-def tls_problem(error: OSError | ValueError, sock: socket.socket, host: str, where: str) -> NotConnected:
+def tls_problem(error: OSError | ValueError, host: str, where: str) -> NotConnected:
     """Return why there is no TLS, and what to do."""
     import ssl
 
@@ -1432,11 +1430,6 @@ def tls_problem(error: OSError | ValueError, sock: socket.socket, host: str, whe
             f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
         )
     if isinstance(error, ssl.SSLError) and not is_cut(error):
-        sock.setblocking(False)
-        with contextlib.suppress(OSError):  # there is no more
-            # In plain text, of which the five bytes of a record's header are taken: there is no place for us.
-            if socket.socket.recv(sock, 100).startswith(REFUSED[5:]):
-                return NotConnected(f"The server has turned this client away; {TRY_LATER}")
         return FatalConnectError(f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})")
     if isinstance(error, OSError):  # as mychatserver.py ends it when it has no certificate
         return NotConnected(f"{where} ends the connection when asked for TLS: leave --tls out if that server has none.")
@@ -1568,14 +1561,6 @@ def open_missing_descriptors() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
 
 
-def is_every_address(host: str) -> bool:
-    """Return whether a server can listen on ``host`` but nobody can join it, as 0.0.0.0."""
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:  # a name
-        return False
-
-
 def port_number(text: str) -> int:
     """Return ``text`` as a port to connect to; raise what argparse turns into a usage error."""
     if not (text.isascii() and text.isdigit() and 0 < int(text) <= 65_535):
@@ -1639,7 +1624,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def chat(options: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
     """Join, chat, and return the exit status. Raises NotConnected, OSError or UnicodeError when that cannot be."""
-    if is_every_address(options.host):
+    if options.host in ("0.0.0.0", "::"):  # noqa: S104 - nothing is bound
         raise NotConnected(
             f"{options.host} is where a server listens, not an address to join: use one that the server printed."
         )

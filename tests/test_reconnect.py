@@ -160,17 +160,21 @@ class Reconnecting(TestCase):
         client.wait_for(BACK)
 
     def test_who_is_turned_out_does_not_come_back(self) -> None:
-        with socket.create_server((LOOPBACK, self.port)) as listener:
-            listener.settimeout(60)
-            client = self.client()
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(b"ann:Hi!\n")
-                client.wait_for("ann:Hi!\n")
-                connection.sendall(b"* refused: kicked: enough\n")
-            self.assertEqual(client.wait(), 1)
-        self.assertIn("\n* refused: kicked: enough\n", client.screen())
-        self.assertIn("Connection lost: the server has turned this client away", client.screen())
+        """Nor when the connection is reset after that."""
+        for linger in (b"\0" * 8, b"\1\0\0\0\0\0\0\0"):
+            with self.subTest(linger=linger), socket.create_server((LOOPBACK, self.port)) as listener:
+                listener.settimeout(60)
+                client = self.client()
+                connection, _ = listener.accept()
+                with connection:
+                    connection.sendall(b"ann:Hi!\n")
+                    client.wait_for("ann:Hi!\n")
+                    connection.sendall(b"* refused: kicked: enough\n")
+                    client.wait_for("kicked: enough\n")
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.assertEqual(client.wait(), 1)
+                self.assertIn("\n* refused: kicked: enough\n", client.screen())
+                self.assertIn("Connection lost: the server has turned this client away", client.screen())
 
     def test_a_name_that_was_refused_is_not_asked_for_again(self) -> None:
         server = self.serve()

@@ -677,15 +677,6 @@ class Locked(TestCase):
                 silent.expect("* refused: too many are waiting to enter")
                 silent.expect_end()
 
-    def test_a_client_for_which_there_is_no_place_says_so(self) -> None:
-        def serve(connection: socket.socket) -> None:
-            connection.recv(1_000)
-            connection.sendall(b"* refused: too many are waiting\n")
-
-        with home_made_server(serve) as port, client(port, "--tls-ca", trust()) as program:
-            self.assertEqual((program.wait(), program.output), (1, b""))
-            self.assertEqual(program.errors(), f"The server has turned this client away; {mychatclient.TRY_LATER}\n")
-
 
 class Ends(TestCase):
     """TLS has an end of its own: TCP's alone, which anyone on the way could send, is a lost connection."""
