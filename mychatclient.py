@@ -527,6 +527,11 @@ class PromptToolkitEditor(Screen):
             import tty
 
             tty.setcbreak(0, termios.TCSANOW)  # what is typed or pasted between two lines is left for the editor
+            settings = termios.tcgetattr(0)
+            settings[3] |= (
+                termios.NOFLSH
+            )  # or a Ctrl-C between two lines would wake nobody who waits to write, on Linux
+            termios.tcsetattr(0, termios.TCSANOW, settings)
 
     # Runs in the receive thread
 

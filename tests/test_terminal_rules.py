@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import random
 import signal
 import socket
@@ -28,7 +29,9 @@ from tests.support import (
     Terminal,
     TestCase,
     command_of,
+    eventually,
     home_made_server,
+    without,
 )
 from tests.test_terminal import inputrc
 
@@ -98,6 +101,26 @@ class InMidFlood(TestCase):
 
     def test_ctrl_c(self) -> None:
         self.ends(lambda terminal, _: terminal.type("\x03"), 130, f"\n{FAREWELL}\n")
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: what it tells of a process")
+    def test_ctrl_c_while_the_terminal_takes_no_more(self) -> None:
+        """Whichever line editor there is: on Linux a Ctrl-C that empties the terminal's queues wakes no writer."""
+        for missing, options in (((), ()), ((), ("--plain",)), (("readline",), ())):
+            with (
+                self.subTest(missing=missing, options=options),
+                without(*missing),
+                Talker() as talker,
+                Terminal(sys.executable, CLIENT, *options, LOOPBACK, str(talker.port)) as terminal,
+            ):
+                terminal.wait_for(f"{GREETING}\n", within=True)
+                threads = pathlib.Path(f"/proc/{terminal.process.pid}/task")
+                eventually(lambda: any(file.read_text() == "wait_woken" for file in threads.glob("*/wchan")))  # noqa: B023
+                terminal.type("\x03")
+                deadline = time.monotonic() + SECONDS / 4
+                while terminal.process.poll() is None and time.monotonic() < deadline:
+                    terminal.read(0.05)
+                self.assertEqual(terminal.process.poll(), 130)
+                self.assertEqual(terminal.attributes(), terminal.before)
 
     def test_the_servers_death(self) -> None:
         self.ends(lambda _, talker: talker.stopping.set(), 1, f"ask whoever runs it.\n{FAREWELL}\n")
