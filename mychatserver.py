@@ -19,6 +19,7 @@ The threads, and who owns what
     server thread   accepts, starts the handlers, flushes outboxes, keeps the clock; owns the selector, closes sockets.
     handler         one a client: reads, cuts off whole lines, relays them.
     writers         one each for standard output, standard error and the log, however slow those are.
+    With ``--operator`` one more reads what is typed where the server runs: see The operator.
     With ``--nats`` three more threads join this room with those of other servers: see Other servers.
 
 The way of a line
@@ -265,6 +266,7 @@ class Client:
 
     label = ""  # set when it joins, and by /nick, with the room's queue lock held
     heard_from: Client | None = None  # who last wrote to it privately
+    end = "left"  # how the others are told of it; the operator may change it
 
     def __init__(
         self,
@@ -323,14 +325,16 @@ class Client:
                     self._shut(socket.SHUT_WR)
             return self.outbox_bytes
 
-    def finish(self) -> None:
-        """Take no more; once the outbox is sent, end the stream in this direction. Does not block."""
+    def finish(self, and_wake: bool = False) -> None:
+        """Take no more; once the outbox is sent, end the stream; perhaps wake the handler. Does not block."""
         with self._lock:
             if not self.gone and self._codec:
                 self._put(self._codec.ended())
             self.gone, self.readable = True, False
             if not self._outbox:
                 self._shut(socket.SHUT_WR)
+            if and_wake:
+                self._shut(socket.SHUT_RD)
 
     def evict(self) -> None:
         """Give up the connection and its outbox; wakes a blocked ``recv``. Does not block, may be repeated."""
@@ -568,7 +572,7 @@ class Writer:
 
 
 Member = Union[Client, Writer]  # who is given every round: ``give`` never blocks, and returns the bytes that wait
-Speaker = Union[Client, "Link"]  # who says something: has a label, and is gone when nobody is there to wait any more
+Speaker = Union[Client, "Link", "Operator"]  # who says something: has a label, and is gone if nobody waits any more
 
 
 # --- The room: who is in it, whose turn it is, and who must wait for whom ---------------------------------------------
@@ -608,7 +612,7 @@ class Entry(NamedTuple):
 
     lines: bytes
     speaker: Speaker | None = None  # the room itself, if there is none
-    without: Sequence[Member | None] = ()
+    without: Sequence[Member | Speaker | None] = ()
     only: Member | None = None
 
 
@@ -617,7 +621,7 @@ class Batch:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         # What a member gets other than all the lines: start and end of a part, and what it gets in the place of that.
-        self._cuts: dict[Member | None, list[tuple[int, int, bytes]]] = {}
+        self._cuts: dict[Member | Speaker | None, list[tuple[int, int, bytes]]] = {}
         start = 0
         for lines, _, without, only in entries:
             if only:
@@ -660,7 +664,7 @@ class Room:
         announce: bool = False,
         history: History | None = None,
         budget_bytes: int = BUDGET_BYTES,
-        welcome: str = "",
+        welcome: str | None = None,
     ) -> None:
         self._console = console
         self._log = log
@@ -694,6 +698,13 @@ class Room:
         with self._turn:
             self._link = link
             self._members.append(link)
+
+    # Runs in the operator's thread
+
+    def clients(self) -> dict[str, Client]:
+        """Return who is here, by label, folded."""
+        with self._queue_lock:
+            return dict(self._clients)
 
     # Runs in the handler thread
 
@@ -911,7 +922,7 @@ class Room:
             if self._limit:
                 self._limit.release(client)
             self._recover(client)
-            self._tell_of(client, "left")  # before anybody else can have its label
+            self._tell_of(client, client.end)  # before anybody else can have its label
         client.heard_from = None  # or those who left would be kept in a chain
         self._members.remove(client)
         self._console.say("Connection closed")
@@ -1067,7 +1078,9 @@ def leave(room: Room, client: Client) -> None:
     raise Quit
 
 
-COMMANDS: dict[str, tuple[str, str, Callable[..., None]]] = {
+Commands = dict[str, tuple[str, str, Callable[..., None]]]  # usage, meaning, and what does it
+
+COMMANDS: Commands = {
     "/nick": ("/nick NAME", "be called NAME", nick),
     "/who": ("/who", "see who is here", Room.who),
     "/msg": ("/msg NAME TEXT", "say TEXT to NAME alone", Room.tell),
@@ -1077,20 +1090,20 @@ COMMANDS: dict[str, tuple[str, str, Callable[..., None]]] = {
 }
 
 
-def obey(room: Room, client: Client, line: str) -> None:
-    """Do what a line with a command asks, in the handler of ``client``. Blocks like ``Room.relay``. Raises Quit."""
+def obey(commands: Commands, line: str, reply: Callable[[str], object], *whose: object) -> None:
+    """Do what a line with a command asks, in the thread of who asks. Blocks like ``Room.relay``. Raises Quit."""
     name, argument = word_and_rest(line)
     command = "/quit" if name.lower() == "/exit" else name.lower()
-    if command not in COMMANDS:
-        room.reply(client, f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /")
+    if command not in commands:
+        reply(f"* unknown command {quoted(name)}: /help lists them, // sends a line that starts with /")
         return
-    usage, _, function = COMMANDS[command]
-    wanted = usage.count(" ")
+    usage, _, function = commands[command]
+    wanted, optional = usage.count(" "), usage.count("[")
     arguments = word_and_rest(argument) if wanted == 2 else (argument,) if wanted or argument else ()
-    if all(arguments) and len(arguments) == wanted:
-        function(room, client, *arguments)
+    if all(arguments[: wanted - optional]) and len(arguments) == wanted:
+        function(*whose, *arguments)
     else:
-        room.reply(client, f"* usage: {usage}")
+        reply(f"* usage: {usage}")
 
 
 # --- The server: the thread that accepts, flushes outboxes, and keeps the clock ---------------------------------------
@@ -1392,7 +1405,7 @@ class Server:
                 return
             work.not_for(self._room.relay, client, lines)
             if command:
-                obey(self._room, client, command)
+                obey(COMMANDS, command, functools.partial(self._room.reply, client), self._room, client)
                 work.pay()
 
     def _crossed(self, client: Client) -> None:
@@ -1528,7 +1541,7 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 def host_key(address: tuple[str, int]) -> str:
     """Return what stands for the host of an address: with IPv6 its /64, in which one host can take any address."""
     network = ipaddress.ip_interface(f"{address[0].partition('%')[0]}{'/64' if ':' in address[0] else ''}").network
-    return str(network)
+    return str(network).removesuffix("/32")
 
 
 class Limit:
@@ -1538,10 +1551,13 @@ class Limit:
         self._in_all, self._of_a_host = in_all, of_a_host
         self._count = 0
         self._by_host: collections.Counter[str] = collections.Counter()
+        self.banned: set[str] = set()  # hosts that have no place; the operator changes it, without the lock
 
     def acquire(self, client: Client) -> None:
         """Take a place for ``client``; raise Refused when there is none."""
         host = host_key(client.address)
+        if host in self.banned:
+            raise Refused(BANNED)
         if self._count == self._in_all:
             raise Refused(f"server full: {self._count} of {self._in_all} clients")
         if self._by_host[host] == self._of_a_host:
@@ -1683,6 +1699,106 @@ def password_from(path: str | None) -> bytes:
     if not re.fullmatch(rb"[^\r\n]+", password) or len(password) > MAX_LINE_BYTES:
         raise Unusable(f"{path} holds no password: that is one line of 1 to {MAX_LINE_BYTES} bytes, the first.")
     return password
+
+
+# --- The operator: who runs the server may speak and act; off until asked for, a reader may skip it -------------------
+
+BANNED = "banned"
+NO_OPERATOR = "No terminal to read from, as in the background: the chat goes on without its operator."
+
+
+class Operator:
+    """Whoever types where the server runs: a speaker in the room, who may also kick the others.
+
+    A thread reads standard input, be it a terminal, a pipe or a FIFO. Its end ends that thread, not the server.
+    """
+
+    label = "server"  # which nobody else can take
+    gone = False
+
+    def __init__(self, room: Room, banned: set[str], console: Writer, errors: Writer, log: Writer | None) -> None:
+        """Start the thread. Call in the main thread."""
+        self._room, self._banned = room, banned
+        self._console, self._errors, self._log = console, errors, log
+        if sys.platform != "win32":
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # which stops whoever reads in the background
+        threading.Thread(target=self._run, name="operator", daemon=True).start()
+
+    def _run(self) -> None:
+        framer, data = Framer(), b"\n"
+        while data:
+            try:
+                with open(0, "rb", buffering=0, closefd=False) as file:  # on Windows the console, with its Unicode
+                    data = file.read(READ_BYTES)
+            except OSError:
+                self._errors.say(NO_OPERATOR)
+                return
+            block, too_long = framer.feed(data) if data else (framer.rest(), False)
+            for lines, command in parse(block):
+                self._room.relay(self, lines)
+                if command:
+                    obey(OPERATOR_COMMANDS, command, self._console.say, self)
+            if too_long:
+                self._console.say(LINE_TOO_LONG)
+
+    def _answer(self, text: str, log: Writer | None = None) -> None:
+        for writer in filter(None, (self._console, log)):
+            writer.say(f"* {text}")
+
+    def _find(self, name: str) -> Client | None:
+        return self._room.clients().get(folded(name.rstrip(" \t")))
+
+    def kick(self, name: str, reason: str = "") -> None:
+        client = self._find(name)
+        if client:
+            self._answer(f"{client.label} was kicked")
+            client.end = "was kicked"
+            client.say(f"* refused: {': '.join(filter(None, ('kicked', reason)))}")
+            client.finish(and_wake=True)
+            self._room.reconsider(client)
+        else:
+            self._answer(f"nobody here is called {quoted(name)}")
+
+    def ban(self, name: str) -> None:
+        client = self._find(name)
+        if client and ipaddress.ip_address(client.address[0]).is_loopback:
+            self._answer("not banned: all who come by ssh have this machine's own address")
+        elif client:
+            host = host_key(client.address)
+            self._banned.add(host)  # before it can come back
+            self._answer(f"{host} is banned", self._log)
+        self.kick(name)
+
+    def list_banned(self) -> None:
+        self._answer(f"banned: {', '.join(sorted(self._banned)) or 'nobody'}")
+
+    def unban(self, host: str) -> None:
+        self._banned.discard(host.rstrip(" \t"))
+        self.list_banned()
+
+    def who(self) -> None:
+        clients = self._room.clients().values()
+        self._answer(f"{len(clients)} here")
+        for client in clients:
+            self._answer(f"{client.label} from {client.address[0]}")
+
+    def list_commands(self) -> None:
+        for usage, meaning, _ in OPERATOR_COMMANDS.values():
+            self._answer(f"{usage}: {meaning}")
+
+    def stop(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+OPERATOR_COMMANDS: Commands = {
+    "/kick": ("/kick NAME [REASON]", "have NAME leave, and tell it why", Operator.kick),
+    "/ban": ("/ban NAME", "have NAME leave, and let in nobody from its address", Operator.ban),
+    "/bans": ("/bans", "see which addresses are banned", Operator.list_banned),
+    "/unban": ("/unban ADDRESS", "let in again who comes from there", Operator.unban),
+    "/who": ("/who", "see who is here, and from where", Operator.who),
+    "/help": ("/help", "see this", Operator.list_commands),
+    "/quit": ("/quit", "stop the server, as exit and Ctrl-C do", Operator.stop),
+}
 
 
 # --- TLS: the same chat encrypted, for who asks for it with --tls-cert; else nothing of this runs ---------------------
@@ -1861,7 +1977,7 @@ def validated(message: bytes, server: str) -> bytes:
     """Return the lines of a message that are whole, clean, not too long, and of people on ``server``."""
     label = rb"[^ \t\n:*@]{1,96}@" + server.encode()
     size = 3 * MAX_LINE_BYTES  # as cleaning may have made three bytes of each
-    theirs = rb"(?m)^(?:%s:.{0,%d}|\* %s (?:joined|left|is now %s))\n" % (label, size, label, label)
+    theirs = rb"(?m)^(?:%s:.{0,%d}|\* %s (?:joined|left|was kicked|is now %s))\n" % (label, size, label, label)
     return b"".join(re.findall(theirs, clean(message[: message.rfind(b"\n") + 1])))
 
 
@@ -2327,10 +2443,10 @@ def number(least: int, most: int) -> Callable[[str], int]:
 
 
 def welcome(text: str) -> str:
-    """Return a text as a notice; raise what argparse turns into a usage error."""
+    """Return a text as a notice; raise ValueError for what means something else to a client."""
     text = clean(" ".join(text.split()).encode("utf-8", "surrogateescape")).decode()
-    if not text or text.startswith(("refused: ", "password?")):  # which mean something else to a client
-        raise argparse.ArgumentTypeError(f"{text!r} is no welcome: give it another text")
+    if re.match(r"refused: |password\?|$", text):
+        raise ValueError
     return f"* {text}"
 
 
@@ -2354,6 +2470,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--welcome", type=welcome, metavar="TEXT", help="say TEXT to newcomers (default: nothing)")
     parser.add_argument("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
     parser.add_argument("--history", type=number(0, 1_000_000), metavar="N", help="newcomers hear N lines (default: 0)")
+    parser.add_argument("--operator", action="store_true", help="say and do what is typed here (default: do not)")
     parser.add_argument("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
     parser.add_argument("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
     parser.add_argument("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
@@ -2377,15 +2494,17 @@ def serve(options: argparse.Namespace) -> int:
     listener = open_listener(options.host, options.port)
     console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
     log = Writer("log", write_to_log(options.log, errors), "not written") if options.log is not None else None
+    has_limit = options.max_clients or options.max_per_host or options.operator
+    limit = Limit(options.max_clients, options.max_per_host) if has_limit else None
     room = Room(
         console,
         log,
-        Limit(options.max_clients, options.max_per_host) if options.max_clients or options.max_per_host else None,
+        limit,
         options.quiet,
         options.announce,
         History(options.history) if options.history else None,
         TLS_BUDGET_BYTES if context else BUDGET_BYTES,
-        options.welcome or "",
+        options.welcome,
     )
     link = Link(room, console, errors, options) if options.nats else None
     discovery = None
@@ -2398,6 +2517,8 @@ def serve(options: argparse.Namespace) -> int:
     say_where(console, errors, listener, guests, options.lan, discovery is not None)
     if link:
         link.start()
+    if limit and options.operator:
+        Operator(room, limit.banned, console, errors, log)
     threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(SWITCH_SECONDS)
     new_codec = functools.partial(Codec, context) if context else None

@@ -227,8 +227,10 @@ class Server(Program):
         prefix: tuple[str, ...] = (),
         constants: Mapping[str, object] | None = None,
         setup: str = "",
+        keep_input: bool = False,
     ) -> None:
-        super().__init__(*command_of(SERVER, constants, setup), "--port", "0", *options, prefix=prefix)
+        command = command_of(SERVER, constants, setup)
+        super().__init__(*command, "--port", "0", *options, keep_input=keep_input, prefix=prefix)
         try:
             self.first_line = self.line()
             self.port = int(self.first_line.rpartition(":")[2])

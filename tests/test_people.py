@@ -428,7 +428,7 @@ class Welcome(TestCase):
         for text in ("", " ", "refused: go away", " refused:\tgo", "password?"):
             with mock.patch.object(sys, "stderr", io.StringIO()) as errors, self.assertRaises(SystemExit):
                 parse_args(["--welcome", text])
-            self.assertIn("is no welcome: give it another text", errors.getvalue())
+            self.assertIn("argument --welcome: invalid welcome value", errors.getvalue())
 
 
 # Every notice that a person can get of the server, with what stands for the changing parts.
@@ -451,6 +451,11 @@ NOTICES = (
     "* 54358 is now ann",
     "* 54358 joined",
     "* ann left",
+    "* ann was kicked",
+    "* refused: kicked",
+    "* refused: kicked: enough",
+    "* refused: banned",
+    "* Be kind.",
     "* name 'ann' is taken",
     "* not a name: '1': it must begin with a letter",
     "* 3 here: 54358, ann (you), bob",

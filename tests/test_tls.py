@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import unittest
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import mychatclient
@@ -200,8 +200,8 @@ class TlsPeer(Peer):
 class TlsServer(Server):
     """A server with TLS, whose peers have it too."""
 
-    def __init__(self, *options: str, name: str = "good", constants: Mapping[str, object] | None = None) -> None:
-        super().__init__("--tls-cert", pem(name), *options, constants=constants)
+    def __init__(self, *options: str, name: str = "good", **more: Any) -> None:
+        super().__init__("--tls-cert", pem(name), *options, **more)
 
     def connect(self, host: str, **options: Any) -> Peer:
         return TlsPeer(host, self.port, **options)
@@ -485,6 +485,14 @@ class Handshakes(TestCase):
             bob.expect(f"{ann.label}:still here")
             if threads:
                 eventually(lambda: server.threads() == threads)
+
+    def test_the_operator_kicks_whom_it_has_admitted_and_nobody_before(self) -> None:
+        server = TlsServer("--operator", keep_input=True)
+        with server, server.peer() as ann, Peer(LOOPBACK, server.port) as waiting:
+            server.send(f"/kick {waiting.label}\n/kick {ann.label} go home\n".encode())
+            server.expect(f"* nobody here is called '{waiting.label}'", f"* {ann.label} was kicked")
+            self.assertEqual(ann.read_to_end(), b"* refused: kicked: go home\n")
+            server.expect("Connection closed")
 
     def test_garbage_behind_a_good_handshake(self) -> None:
         """What was said before it is heard; it ends the connection of its sender alone, in mid-line as at a reset."""
