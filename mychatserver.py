@@ -2394,14 +2394,14 @@ def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
     The file is opened for each batch: it may be renamed or deleted at any time, and what went wrong may be over.
     """
     with usable(path, "give --log another file"):
-        open(path, "ab").close()
+        open(path, "ab", opener=open_at_once).close()
     problem: str | None = ""  # as said last, since it went well
 
     def write(text: bytes) -> None:
         nonlocal problem
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds").encode() + b" "
         try:
-            with open(path, "ab") as file:
+            with open(path, "ab", opener=open_at_once) as file:
                 file.write(now + text[:-1].replace(b"\n", b"\n" + now) + b"\n")
             problem = ""
         except OSError as error:
@@ -2411,6 +2411,15 @@ def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
             raise  # the writer counts what was not written
 
     return write
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """Open like ``os.open``, but raise OSError for a FIFO that nobody reads, rather than wait for somebody."""
+    if sys.platform == "win32":
+        return os.open(path, flags, 0o666)
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def open_missing_descriptors() -> None:

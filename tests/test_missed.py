@@ -179,6 +179,21 @@ class LogTests(TestCase):
             stamp = datetime.datetime.fromisoformat(self.path.read_text().split(" ")[0])
             self.assertLess(abs((datetime.datetime.now().astimezone() - stamp).total_seconds()), 120)
 
+    def test_a_fifo_is_a_log_as_long_as_somebody_reads_it(self) -> None:
+        """Without a reader the server says so, at its start and later, and waits for nobody."""
+        os.mkfifo(self.path)
+        with Program(*PYTHON, SERVER, "--port", "0", "--log", str(self.path)) as program:
+            self.assertEqual(program.wait(), 1)
+            self.assertRegex(program.errors(), r"^Cannot use \S+: [^\n]+; give --log another file\.\n$")
+        reader = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        with Server("--log", str(self.path)) as server, open(reader, "rb", buffering=0) as log:
+            with server.peer() as ann:
+                self.assertIn(f"* {ann.label} joined", eventually(lambda: log.read(1_000)).decode())
+                log.close()
+                ann.say("unread")
+                eventually(lambda: "the chat goes on without a log" in server.errors())
+            self.assertEqual(server.stop(), 0)
+
     def test_a_log_is_continued(self) -> None:
         for _ in range(2):
             with Server("--log", str(self.path)) as server:
