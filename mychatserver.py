@@ -699,13 +699,6 @@ class Room:
             self._link = link
             self._members.append(link)
 
-    # Runs in the operator's thread
-
-    def clients(self) -> dict[str, Client]:
-        """Return who is here, by label, folded."""
-        with self._queue_lock:
-            return dict(self._clients)
-
     # Runs in the handler thread
 
     def join(self, client: Client) -> None:
@@ -802,6 +795,11 @@ class Room:
         self.reply(client, self._who(client))
 
     # Called from any thread
+
+    def clients(self) -> dict[str, Client]:
+        """Return who is here, by label, folded."""
+        with self._queue_lock:
+            return dict(self._clients)
 
     def evict(self, client: Client) -> None:
         """Give up ``client``: its handler wakes, wherever it waits, and leaves."""
@@ -1769,12 +1767,10 @@ class Operator:
             self._answer(f"{host} is banned", self._log)
         self.kick(name)
 
-    def list_banned(self) -> None:
-        self._answer(f"banned: {', '.join(sorted(self._banned)) or 'nobody'}")
-
-    def unban(self, host: str) -> None:
+    def unban(self, host: str = "") -> None:
+        """Let in again who comes from there; with and without it, tell who is banned."""
         self._banned.discard(host.rstrip(" \t"))
-        self.list_banned()
+        self._answer(f"banned: {', '.join(sorted(self._banned)) or 'nobody'}")
 
     def who(self) -> None:
         clients = self._room.clients().values()
@@ -1786,18 +1782,15 @@ class Operator:
         for usage, meaning, _ in OPERATOR_COMMANDS.values():
             self._answer(f"{usage}: {meaning}")
 
-    def stop(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
 
 OPERATOR_COMMANDS: Commands = {
     "/kick": ("/kick NAME [REASON]", "have NAME leave, and tell it why", Operator.kick),
     "/ban": ("/ban NAME", "have NAME leave, and let in nobody from its address", Operator.ban),
-    "/bans": ("/bans", "see which addresses are banned", Operator.list_banned),
+    "/bans": ("/bans", "see which addresses are banned", Operator.unban),
     "/unban": ("/unban ADDRESS", "let in again who comes from there", Operator.unban),
     "/who": ("/who", "see who is here, and from where", Operator.who),
     "/help": ("/help", "see this", Operator.list_commands),
-    "/quit": ("/quit", "stop the server, as exit and Ctrl-C do", Operator.stop),
+    "/quit": ("/quit", "stop the server, as exit and Ctrl-C do", lambda _: signal.raise_signal(signal.SIGINT)),
 }
 
 

@@ -1227,6 +1227,7 @@ class Lines(TestCase):
     def test_labels_get_the_name_of_the_server(self) -> None:
         lines = b"54358:a:b\nann:\n* 54358 is now ann\n* 54358 joined\n* ann left\nann:* x is now y\n"
         there = b"54358@p:a:b\nann@p:\n* 54358@p is now ann@p\n* 54358@p joined\n* ann@p left\nann@p:* x is now y\n"
+        lines, there = lines + b"* bob was kicked\n", there + b"* bob@p was kicked\n"
         self.assertEqual(qualified(lines, "p"), there)
         self.assertEqual(validated(there, "p"), there)
         self.assertEqual(qualified(b"", "p"), b"")
