@@ -288,10 +288,10 @@ class Client:
         self.outbox_bytes = 0  # others read this, and the next two, without the lock
         self.gone = False  # nothing more is taken for it: it leaves, is evicted, or a send has found the peer gone
         self.readable = True  # what came from it is read: also what came before a peer was found to be gone
-        self._taken = 0  # bytes that the socket took since the time for it began
+        self._taken = 0  # bytes that the socket took since the floor was last met
         # Only the server thread uses what follows.
-        self._was_slow: bool | None = None
-        self._time = Deadline(0)  # in which it must take something
+        self._was_slow: bool | None = None  # when it was last met
+        self._patience = Deadline(0)  # in which it must be met again
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -349,8 +349,8 @@ class Client:
         seconds, wanted = (FLOOR_SECONDS, FLOOR_BYTES) if is_slow else (STALL_SECONDS, 1)
         with self._lock:
             if self._taken >= wanted or is_slow != self._was_slow:
-                self._taken, self._was_slow, self._time = 0, is_slow, Deadline(seconds)
-        return not self._time.left()
+                self._taken, self._was_slow, self._patience = 0, is_slow, Deadline(seconds)
+        return not self._patience.left()
 
     def close(self) -> None:
         """Close the socket, which no selector may have any more: the descriptor is used again."""
