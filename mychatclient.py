@@ -219,6 +219,8 @@ def coloured(colour: str, text: str) -> str:
 class Screen:
     """A plain screen, which is only added to; it owns standard output, and the terminal that one types in."""
 
+    misses_signals = False  # one that comes together with a key does not end the main thread's wait
+
     def __init__(self, style: Style) -> None:
         self.style = style
         self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written
@@ -329,6 +331,7 @@ if sys.platform != "win32":
         main thread's own.
         """
 
+        misses_signals = True
         is_libedit = False
         needs = "rl_clear_visible_line"  # which a library that is too old lacks
         STATE_CALLBACK = 0x80000  # readline.h: a line is being edited
@@ -1158,8 +1161,8 @@ class Conversation:
             for block in self._connections.blocks():
                 if block:
                     self._screen.show(block)
-                elif sys.platform != "win32":
-                    self._screen.wake()  # a signal that came together with a key did not end the main thread's wait
+                elif self._screen.misses_signals:
+                    self._screen.wake()
                 if self._screen.gone:
                     break
         except NotConnected as error:

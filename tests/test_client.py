@@ -501,6 +501,16 @@ class PlainTerminals(Terminals):
     client_options = ("--plain",)
     row_after_ctrl_c = "^C\n"
 
+    def test_what_stands_before_a_ctrl_d_in_the_middle_of_a_line_is_not_lost(self) -> None:
+        """Whatever the client does while nothing comes."""
+        command = command_of(CLIENT, {"SILENCE_SECONDS": 0.05})
+        with self.server.peer() as ann, Terminal(*command, "--plain", LOOPBACK, str(self.server.port)) as terminal:
+            terminal.wait_for(f"{GREETING}\n")
+            terminal.type("one\x04")
+            time.sleep(0.5)  # ten times as long
+            terminal.type(" line\n")
+            self.assertTrue(ann.line().endswith(b":one line"))
+
 
 class WithoutReadline(TestCase):
     def test_a_python_that_has_none_chats_all_the_same(self) -> None:
