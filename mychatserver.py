@@ -2264,13 +2264,13 @@ class DiscreetParser(argparse.ArgumentParser):
 
 def add_link_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the link to those of the command line."""
-    add = parser.add_argument
+    add = parser.add_argument_group("other servers").add_argument
     url = os.environ.get("MYCHAT_NATS") or None
     add("--nats", type=nats_urls, default=url, metavar="URL[,URL...]", help="share a room (default: MYCHAT_NATS)")
     add("--room", type=word, metavar="NAME", help="the room to share (default: main)")
     add("--server-name", type=word, metavar="NAME", help="what other servers call this one (default: the host's)")
     add("--nats-ca", metavar="PEM", help="who may certify NATS (default: whom the system trusts)")
-    add("--nats-creds", metavar="FILE", help="who we are: a NATS user's JWT and key (default: as the URL says)")
+    add("--nats-creds", metavar="FILE", help="a NATS user's JWT and key (default: what the URL has)")
 
 
 # --- The command line: where to listen, what to tell the user, and what can go wrong ----------------------------------
@@ -2457,26 +2457,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     count = number(1, 1_000_000)
     usage = "%(prog)s [PORT] [OPTION]...; --help lists the options"
     parser = DiscreetParser("mychatserver", usage, "A chat server.", allow_abbrev=False)
-    address = parser.add_mutually_exclusive_group()
+    parser.add_argument("--version", action="version", version=f"mychatserver {__version__}")
+
+    listening = parser.add_argument_group("where it listens")
+    port, a_port = listening.add_mutually_exclusive_group(), number(0, 65_535)
+    port.add_argument("port", nargs="?", type=a_port, help=f"0 takes a free one (default: {DEFAULT_PORT})")
+    port.add_argument("--port", type=a_port, default=DEFAULT_PORT, dest="port_option", metavar="PORT", help="the same")
+    address = listening.add_mutually_exclusive_group()
     address.add_argument("--host", default=DEFAULT_HOST, help="the address to listen on (default: %(default)s)")
     address.add_argument("--lan", action="store_true", help="listen on all addresses and be found (default: off)")
-    port, a_port = parser.add_mutually_exclusive_group(), number(0, 65_535)
-    port.add_argument("port", nargs="?", type=a_port, help=f"to listen on; 0: a free one (default: {DEFAULT_PORT})")
-    port.add_argument("--port", type=a_port, default=DEFAULT_PORT, dest="port_option", metavar="PORT", help="the same")
-    parser.add_argument("--max-clients", type=count, metavar="N", help="so many at once (default: no limit)")
-    parser.add_argument("--max-per-host", type=count, metavar="N", help="so many from one host (default: no limit)")
-    parser.add_argument("--allow", type=network, action="append", metavar="NETWORK", help="nobody else (default: all)")
-    parser.add_argument("--password-file", metavar="FILE", help="what newcomers must say (default: MYCHAT_PASSWORD)")
-    parser.add_argument("--rate", type=count, metavar="LINES", help="a second from each (default: no limit)")
-    parser.add_argument("--quiet", action="store_true", help="do not show chat lines and names (default: show them)")
-    parser.add_argument("--welcome", type=welcome, metavar="TEXT", help="say TEXT to newcomers (default: nothing)")
-    parser.add_argument("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
-    parser.add_argument("--history", type=number(0, 1_000_000), metavar="N", help="newcomers hear N lines (default: 0)")
-    parser.add_argument("--operator", action="store_true", help="say and do what is typed here (default: do not)")
-    parser.add_argument("--tls-cert", metavar="PEM", help="speak TLS with this certificate (default: do not)")
-    parser.add_argument("--tls-key", metavar="PEM", help="the certificate's key (default: in the certificate's file)")
-    parser.add_argument("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
-    parser.add_argument("--version", action="version", version=f"mychatserver {__version__}")
+
+    add = parser.add_argument_group("who may come in").add_argument
+    add("--max-clients", type=count, metavar="N", help="so many at once (default: no limit)")
+    add("--max-per-host", type=count, metavar="N", help="so many from one host (default: no limit)")
+    add("--allow", type=network, action="append", metavar="NETWORK", help="who connects from there (default: all)")
+    add("--password-file", metavar="FILE", help="who says what is in FILE (default: MYCHAT_PASSWORD)")
+    add("--tls-cert", metavar="PEM", help="who speaks TLS, with this certificate (default: do not)")
+    add("--tls-key", metavar="PEM", help="the certificate's key (default: in its file)")
+
+    add = parser.add_argument_group("what people see and may do").add_argument
+    add("--welcome", type=welcome, metavar="TEXT", help="say TEXT to newcomers (default: nothing)")
+    add("--announce", action="store_true", help="tell people who comes and goes (default: do not)")
+    add("--history", type=number(0, 1_000_000), metavar="N", help="tell newcomers the last N lines (default: 0)")
+    add("--rate", type=count, metavar="LINES", help="take so many a second from each (default: no limit)")
+
+    add = parser.add_argument_group("what you see, do and keep").add_argument
+    add("--quiet", action="store_true", help="do not show chat lines and names (default: show them)")
+    add("--operator", action="store_true", help="say and do what is typed here (default: do not)")
+    add("--log", metavar="FILE", help="append what is said to FILE (default: nowhere)")
+
     add_link_options(parser)
     options = parser.parse_args(argv)
     options.port = options.port_option if options.port is None else options.port
