@@ -1213,11 +1213,11 @@ class Server:
             if listener not in self._pausing:
                 self._selector.unregister(listener)
             listener.close()
-        self._listeners.clear()
+        self._pausing.clear()  # or a late call would have one watched again
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
         # 3. Everyone gets end-of-file after what was queued; its handler leaves when the peer closes or says more.
-        for client in self._clients:
+        for client in list(self._clients):  # handlers take themselves out of it
             client.finish()
             self._room.reconsider(client)
         while self._clients and deadline.left():
