@@ -689,7 +689,7 @@ class Room:
         self._slow: set[Client] = set()  # the slow consumers; an epoch lasts from the first to the last of them
         self._epoch = Deadline(0)
         self._client_budget = 0  # what each may say in this epoch,
-        self._spent: dict[Speaker | None, int] = {}  # and has said; who came later shares the budget of None
+        self._spent: dict[Speaker | None, int] = {}  # and has said; clients that came later share the budget of None
 
     # Runs in the main thread
 
@@ -905,7 +905,7 @@ class Room:
                 if not self._slow:  # what may be said in this epoch is fixed, or people who come and go would add to it
                     share = self._budget_bytes // len(self._members)
                     self._client_budget = max(PORTION_BYTES, min(CLIENT_BUDGET_BYTES, share))
-                    self._spent = dict.fromkeys((*self._clients.values(), self._link, None), 0)
+                    self._spent = dict.fromkeys(self._clients.values(), 0)
                     self._epoch = Deadline(EPOCH_SECONDS)
                 self._slow.add(member)
 
@@ -974,9 +974,10 @@ class Room:
         """
         may = not (self._closed or speaker in self._queued or speaker in self._slow or self._queue_bytes > QUEUE_BYTES)
         if may and self._slow:
-            payer = speaker if speaker in self._spent else None
-            may = self._spent[payer] + len(lines) <= self._client_budget
-            self._spent[payer] += len(lines) if may else 0
+            payer = None if isinstance(speaker, Client) and speaker not in self._spent else speaker
+            spent = self._spent.get(payer, 0) + len(lines)
+            may = spent <= self._client_budget
+            self._spent[payer] = spent if may else spent - len(lines)
         if not may and speaker.gone:
             raise Quit
         return may

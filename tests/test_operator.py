@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -269,6 +270,35 @@ class Moments(TestCase):
             background.join()
             bob.close()
             self.check_chat(server, ann)
+
+    def test_whoever_floods_meanwhile_the_operator_can_speak_and_act(self) -> None:
+        """Who was there and who came later have spent their budgets, and wait for a slow consumer that may stay."""
+        patient = {"FLOOR_SECONDS": 600, "STALL_SECONDS": 600, "EPOCH_SECONDS": 600.0, "CLIENT_BUDGET_BYTES": 4_096}
+        with Operated("--quiet", setup=SMALL_BUFFERS, constants=patient) as server, server.peer() as ann:
+            bob = server.peer(receive_buffer=4_096)
+            background = Background()
+
+            def flood(peer: Peer) -> None:
+                with contextlib.suppress(OSError):  # closed
+                    peer.send(numbered_lines(100_000))
+
+            background.run(flood, ann)
+            eventually(lambda: unread(server, ann) > HIGH_WATER_BYTES // 4)
+            late, last = server.peer(), server.peer()
+            background.run(flood, late)
+            eventually(lambda: unread(server, late) > HIGH_WATER_BYTES // 4)
+            last.socket.settimeout(0.5)
+            with contextlib.suppress(socket.timeout):  # not even a word more
+                while True:
+                    last.say("/nick")
+                    while last.line() != b"* usage: /nick NAME":
+                        pass
+            server.type(f"One moment, please\n/kick {bob.label}")
+            server.expect(f"* {bob.label} was kicked", "Connection closed")
+            ann.wait_for("server", "One moment, please")
+            for peer in (ann, late):
+                peer.socket.shutdown(socket.SHUT_RDWR)
+            background.join()
 
     def test_while_it_waits_for_its_rate(self) -> None:
         with Operated("--rate", "1", constants={"BURST_SECONDS": 1}) as server, server.peer() as ann:
