@@ -736,7 +736,7 @@ class Connection:
     def close(self) -> None:
         """Close the socket; whoever waits for it notices."""
         with contextlib.suppress(OSError):  # it is lost already
-            # Not an SSLSocket's own, behind which another thread would send plain text.
+            # Not an SSLSocket's own, after which another thread would send plain text.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         self.sock.close()
 
@@ -1462,7 +1462,7 @@ def through_ssh(cleanup: contextlib.ExitStack, target: str, host: str, port: int
     """Return a connection to ``host`` and ``port`` as ``target`` sees them, through the user's own ssh: ssh(1), -W.
 
     Blocks while ssh connects, asks what it has to ask on the terminal, and authenticates: then it runs LocalCommand,
-    ssh_config(5), whose output comes to us as the first line. The chat begins behind that, so that only one of the two
+    ssh_config(5), whose output comes to us as the first line. The chat begins after that, so that only one of the two
     reads the terminal at any time. Raises NotConnected or OSError; what ssh has to say is on standard error then.
     Ctrl-C reaches ssh too; once it ends, so does the chat. Whoever closes ``cleanup`` ends ssh.
     """
