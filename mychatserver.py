@@ -875,7 +875,7 @@ class Room:
         size = self._round_bytes()
         entries: list[Entry] = []
         with self._queue_lock:
-            # In the same hold as the taking: what is enqueued in between would wait for nobody.
+            # Before the look at the queue: what is enqueued after it is for somebody else to give.
             self._turn_is_awaited = False
             was_full = self._queue_bytes > QUEUE_BYTES
             while self._queue and (not entries or size >= len(self._queue[0].lines)):
