@@ -82,7 +82,7 @@ MAX_LINE_BYTES = 65_536  # between line ends, before cleaning; never more than R
 
 SILENCE_SECONDS = 1.0  # after which a peer that never sends a newline has finished its line
 LINE_TOO_LONG = f"* line too long: {MAX_LINE_BYTES} bytes at most, this line was not sent"
-PARSED_BYTES = 16_384  # at once, of what is not plain: a list of all its lines takes many times their bytes
+PARSED_BYTES = 8_192  # at once, of what is not plain: a list of all its lines takes many times their bytes
 BLANKS = b" \t"
 PLAIN = bytes([*b"\t\n", *range(0x20, 0x7F)])
 # IAC and WILL..DONT with an option, or a command alone: RFC 854. A newline always ends the line.
@@ -186,19 +186,19 @@ def parse(block: bytes) -> Iterator[tuple[bytes, str]]:
         if not UNUSUAL.search(b"\n" + some):
             yield some, ""
             continue
-        lines: list[bytes] = []
+        lines = bytearray()  # whoever waits to say them holds on to all this: a list would take many times their bytes
         for line in some[:-1].split(b"\n"):
             text = line.lstrip(BLANKS)
             if COMMAND.match(text):
-                yield b"".join(lines), text.decode()
+                yield bytes(lines), text.decode()
                 lines.clear()
             elif text[:4].lower() == b"exit" and not text[4:].strip(BLANKS):
-                yield b"".join(lines), "/quit"
+                yield bytes(lines), "/quit"
                 return
             elif text:
                 is_escaped = text.startswith(b"//") and COMMAND.match(text, 1)
-                lines.append((line.replace(b"/", b"", 1) if is_escaped else line) + b"\n")
-        yield b"".join(lines), ""
+                lines += (line.replace(b"/", b"", 1) if is_escaped else line) + b"\n"
+        yield bytes(lines), ""
 
 
 def front(lines: bytes, size: int) -> bytes:

@@ -6,6 +6,7 @@ import inspect
 import random
 import re
 import sys
+import tracemalloc
 import unittest
 from unittest import mock
 
@@ -195,6 +196,18 @@ class Speaking(unittest.TestCase):
         for blank in "\x0b\x0c\x1c\x85\xa0\u2003\u3000":
             block = clean(f"{blank}\n{blank}exit\n{blank}/who\n".encode())
             self.assertEqual(list(parse(block)), [(block, "")])
+
+    def test_who_waits_to_say_the_first_of_a_block_keeps_little_besides(self) -> None:
+        """A thousand may have to, for a minute; a block as a list of its lines takes five times its bytes."""
+        for line in (b"//a \x80\n", b"/who\n", b"exitx\n", b" x\n", b"\n", b"x\b\n", b"\xe4\xb8\xad\n", b"x\n"):
+            with self.subTest(line=line):
+                block = line * (65_536 // len(line))
+                waiting = parse(block)
+                tracemalloc.start()
+                next(waiting)
+                kept, _ = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+                self.assertLess(kept, 2.5 * len(block))
 
     def test_each_line_is_labelled(self) -> None:
         self.assertEqual(labelled("54358", b"a\n\tb\n"), b"54358:a\n54358:\tb\n")
