@@ -399,12 +399,14 @@ class Client:
             if b"\n" not in head:
                 if not head:
                     data = data.removeprefix(UTF8_MARK)  # as PowerShell begins what it pipes
-                head = (head[:32] + head[32:][-32:] + data).lstrip(b"\r\n")  # enough, however long the line
+                head = (head + data).lstrip(b"\r\n")
                 if head.startswith(TLS_HELLO):
                     return
                 if OTHER_PROTOCOL.match(head):
                     self.give([memoryview(OTHER_ANSWER)])
                     return
+                head = head[: head.find(b"\n") + 1 or None]
+                head = head[:32] + head[32:][-32:]  # enough, however long the line
             yield framer.feed(data)
 
     def recv(self, size: int) -> bytes:
