@@ -222,7 +222,7 @@ class Many(TestCase):
         self.assertLess((self.server.memory() - memory) / crowd_size, 60 * 1_024)
         for peer in crowd:
             peer.close()
-        eventually(lambda: (self.server.threads(), self.server.descriptors()) == (threads, descriptors))
+        eventually(lambda: self.server.threads() <= threads and self.server.descriptors() <= descriptors)
 
     @LINUX
     def test_silent_clients_cause_no_wake_ups(self) -> None:

@@ -376,10 +376,10 @@ class Door(AtTheDoor):
     @unittest.skipUnless(sys.platform == "linux", "needs Linux: 127.0.0.2 is an address there")
     def test_the_oldest_of_the_host_with_the_most_makes_room(self) -> None:
         server = self.serve("--password-file", str(self.file), DOOR_PLACES=4)
-        crowd = [self.connect(server) for _ in range(3)]
-        crowd += [self.connect(server, "127.0.0.2")]
-        for peer in crowd:
-            peer.expect("* password?")
+        crowd = []
+        for source in ("", "", "", "127.0.0.2"):
+            crowd.append(self.connect(server, source))
+            crowd[-1].expect("* password?")  # before the next comes: the oldest is who was the first at the door
         for source, oldest in (("127.0.0.3", crowd[0]), ("127.0.0.4", crowd[1])):
             newcomer = self.connect(server, source)
             newcomer.expect("* password?")
