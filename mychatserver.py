@@ -1195,6 +1195,8 @@ class Server:
         for number in STOP_SIGNALS:
             if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, lambda *_: None)
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # whatever our parent did
         thread = threading.Thread(target=self._serve, name="server")
         thread.start()
         thread.join()

@@ -31,6 +31,12 @@ def start(thread):
 threading.Thread.start = start
 """
 
+BLOCK_SIGNALS = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 class Starting(TestCase):
     @unittest.skipIf(sys.platform == "win32", "needs signals")
@@ -51,6 +57,12 @@ class Starting(TestCase):
             with self.subTest(program=program), Program(*command_of(program, setup=NO_THREADS)) as started:
                 self.assertEqual(started.wait(), 1)
                 self.assertRegex(started.errors(), r"^Cannot start: can't start new thread; [^\n]+\n$")
+
+    @unittest.skipUnless(hasattr(signal, "pthread_sigmask"), "needs signal masks: Windows has none")
+    def test_signals_that_the_parent_has_blocked_stop_a_server_all_the_same(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with self.subTest(number=number), Server(prefix=(sys.executable, "-c", BLOCK_SIGNALS)) as server:
+                self.assertEqual(server.stop(number), 0)
 
     @NEEDS_ROOT
     @needs_command("unshare", "util-linux")
