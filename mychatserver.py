@@ -249,7 +249,7 @@ class Deadline:
         return max(0.0, self._at - time.monotonic())
 
 
-def ready(sock: socket.socket, events: int, seconds: float) -> int:
+def ready(sock: socket.socket | Client, events: int, seconds: float) -> int:
     """Wait until ``sock`` is ready for one of the selector's ``events``; return which, 0 when ``seconds`` pass."""
     # Not DefaultSelector, which would take a descriptor for each wait.
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
@@ -610,12 +610,12 @@ class Quit(Exception):
 
 
 class Entry(NamedTuple):
-    """Lines in the room's queue: for one member alone, or for all but some."""
+    """Lines in the room's queue: for some members alone, or for all but some."""
 
     lines: bytes
     speaker: Speaker | None = None  # the room itself, if there is none
     without: Sequence[Member | Speaker | None] = ()
-    only: Member | None = None
+    only: Sequence[Member | Speaker | None] = ()
 
 
 class Batch:
@@ -627,7 +627,8 @@ class Batch:
         start = 0
         for lines, _, without, only in entries:
             if only:
-                self._cuts.setdefault(only, []).append((start, start, lines))
+                for member in only:
+                    self._cuts.setdefault(member, []).append((start, start, lines))
             else:
                 for member in without:
                     self._cuts.setdefault(member, []).append((start, start + len(lines), b""))
@@ -670,7 +671,7 @@ class Room:
     ) -> None:
         self._console = console
         self._log = log
-        self._announce = announce
+        self.announces = announce
         self._history = history
         self._link: Link | None = None
         self._budget_bytes = budget_bytes
@@ -686,6 +687,7 @@ class Room:
         self._turn_is_awaited = False  # somebody waits for the turn, and will take what is enqueued until then
         self._waiting: dict[Speaker, threading.Condition] = {}  # handlers that wait to enqueue something
         self._clients: dict[str, Client] = {}  # by label, folded
+        self._newcomers: dict[Client, None] = {}  # of whom the others are not yet told, as they come
         self._limit = limit
         self._closed = False  # nobody says anything more, nobody comes in
         self._slow: set[Client] = set()  # the slow consumers; an epoch lasts from the first to the last of them
@@ -713,16 +715,24 @@ class Room:
                     self._limit.acquire(client)
                 client.label = self._free_label(client.address[1])
                 self._clients[client.label] = client
-                self._tell_of(client, "joined")
+                self._say_to_log(client, f"joined from {client.address[0]}")
+                if self.announces:
+                    self._newcomers[client] = None
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
             if self._welcome:
                 client.say(self._welcome)
-            if self._announce:
+            if self.announces:
                 client.say(self._who(client))
             if self._history:
                 client.give(self._history.replay())
-        self._broadcast()
+
+    def introduce(self, client: Client) -> None:
+        """Tell the others that ``client`` has joined, by the name that it has by now, unless they have been told."""
+        if client in self._newcomers:
+            with self._queue_lock:
+                self._tell_of_newcomers(client)
+            self._broadcast()
 
     def leave(self, client: Client) -> None:
         """Leave; nothing is given to ``client`` from here on. Waits until its last lines are out. May be repeated."""
@@ -756,7 +766,8 @@ class Room:
                 del self._clients[folded(client.label)]
                 self._clients[folded(name)] = client
                 client.label = name
-                self._enqueue(Entry(notice, client))
+                knowing = (client, self._console, self._log) if client in self._newcomers else ()
+                self._enqueue(Entry(notice, client, only=knowing))
         self._broadcast()
         if not is_free:
             self.reply(client, f"* name '{name}' is taken")
@@ -770,7 +781,7 @@ class Room:
             found = self._clients.get(folded(target)) if isinstance(target, str) else target
             if found and self._is_here(found):
                 found.heard_from = client
-                self._enqueue(Entry(notice, client, only=found))
+                self._enqueue(Entry(notice, client, only=[found]))
             else:
                 found = None
         self._broadcast()
@@ -789,7 +800,7 @@ class Room:
         with self._queue_lock:
             while client.outbox_bytes > REPLY_BYTES or not self._may_say(client, lines):
                 self._wait(client)
-            self._enqueue(Entry(lines, client, only=client))
+            self._enqueue(Entry(lines, client, only=[client]))
         self._broadcast()
 
     def who(self, client: Client) -> None:
@@ -922,7 +933,11 @@ class Room:
             if self._limit:
                 self._limit.release(client)
             self._recover(client)
-            self._tell_of(client, client.end)  # before anybody else can have its label
+            self._say_to_log(client, client.end)
+            if client in self._newcomers:
+                del self._newcomers[client]
+            elif self.announces and not self._closed:  # before anybody else can have its label
+                self._tell_of(client, client.end)
         client.heard_from = None  # or those who left would be kept in a chain
         self._members.remove(client)
         self._console.say("Connection closed")
@@ -939,16 +954,25 @@ class Room:
     def _is_here(self, client: Client) -> bool:
         return self._clients.get(folded(client.label)) is client
 
-    def _tell_of(self, client: Client, verb: str) -> None:
-        """Have the log tell that ``client`` joined or left, and with ``--announce`` all others, elsewhere too."""
-        notice = f"* {client.label} {verb}"
+    def _say_to_log(self, client: Client, what: str) -> None:
         if self._log:
-            self._log.say(f"{notice} from {client.address[0]}" if verb == "joined" else notice)
-        if self._announce and not self._closed:
-            self._enqueue(Entry(f"{notice}\n".encode(), without=[client, self._console, self._log]))
+            self._log.say(f"* {client.label} {what}")
+
+    def _tell_of_newcomers(self, last: Client) -> None:
+        """Tell of those who have come, up to ``last``. Who came later knows of them: it was told who is here."""
+        while last in self._newcomers:
+            client = next(iter(self._newcomers))
+            del self._newcomers[client]
+            self._tell_of(client, "joined", itertools.islice(self._newcomers, WHO_SHOWN))
+
+    def _tell_of(self, client: Client, what: str, knowing: Iterable[Client] = ()) -> None:
+        notice = f"* {client.label} {what}\n".encode()
+        self._enqueue(Entry(notice, without=[client, self._console, self._log, *knowing]))
 
     def _enqueue(self, entry: Entry) -> None:
         assert self._queue_lock.locked()  # noqa: S101 - a precondition that runs
+        if isinstance(entry.speaker, Client) and not entry.only:
+            self._tell_of_newcomers(entry.speaker)
         self._queue.append(entry)
         self._queue_bytes += len(entry.lines)
         if entry.speaker:
@@ -1112,6 +1136,7 @@ def obey(commands: Commands, line: str, reply: Callable[[str], object], *whose: 
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
 CROSSING_MAX = 16  # on their way in or out at once: who connects and resets without end must not make more threads
 MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
+NAME_SECONDS = 1.0  # in which a newcomer may ask for a name before the others are told of it
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
 TICK_SECONDS = 1.0  # between two looks at what only time can tell
 STOP_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
@@ -1366,6 +1391,8 @@ class Server:
                 self._room.join(client)
             self._crossed(client)
             pace, work = Pace(self._guests.rate) if self._guests.rate else None, Work()
+            if self._room.announces and not gate and not ready(client, selectors.EVENT_READ, NAME_SECONDS):
+                self._room.introduce(client)
             for block, too_long in client.blocks():
                 block += b"\n" * too_long  # which counts as a try, or a line, and is not relayed
                 if gate:
@@ -1382,6 +1409,7 @@ class Server:
                     self._hear(client, part, work)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
+                self._room.introduce(client)
                 work.pay(FREE_SECONDS_A_READ + FREE_SECONDS_A_BYTE * len(block))
             if gate and client.deadline and not client.deadline.left():
                 raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")

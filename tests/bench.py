@@ -906,12 +906,13 @@ def keep_pouring(rival: Rival, port: int, count: int, text: bytes) -> None:
 
 
 def keep_resetting(port: int) -> None:
-    """Connect and reset the connection, for ever."""
+    """Connect, say something, or others would not be told of it, and reset the connection, for ever."""
     while True:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             with contextlib.suppress(OSError):  # the server is gone, or its queue is full
                 sock.connect((LOOPBACK, port))
+                sock.sendall(b"x\n")
 
 
 def keep_crawling(socks: Sequence[socket.socket], pace: int) -> None:

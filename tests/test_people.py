@@ -401,8 +401,21 @@ class Announce(People):
         third.expect(f"* 3 here: {self.ann.label}, {self.bob.label}, {third.label} (you)")
         third.send("/nick carol\nbye\nexit\n")
         for peer in (self.ann, self.bob):
-            peer.expect(f"* {third.label} joined", f"* {third.label} is now carol", "carol:bye", "* carol left")
+            peer.expect("* carol joined", "carol:bye", "* carol left")
         self.server.expect(f"* {third.label} is now carol", "carol:bye", "Connection closed")
+
+    def test_who_says_nothing_is_told_of_after_a_second_and_renamed_from_then_on(self) -> None:
+        third = self.peer()
+        self.ann.expect(f"* {third.label} joined")
+        third.say("/nick carol")
+        self.ann.expect(f"* {third.label} is now carol")
+
+    def test_who_leaves_before_the_others_are_told_of_it_is_not_told_of(self) -> None:
+        third = self.peer()
+        third.send("/nick carol\nexit\n")
+        third.read_to_end()
+        self.ann.say("/who")
+        self.ann.expect(f"* 2 here: {self.ann.label} (you), {self.bob.label}")
 
 
 class Welcome(TestCase):

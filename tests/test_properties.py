@@ -412,5 +412,7 @@ RoomOverSockets.__module__ = __name__  # or unittest takes it for another module
 
 
 def setUpModule() -> None:
-    Room.server = Server("--announce", "--history", "5", "--quiet", constants={"WHO_SHOWN": WHO_SHOWN})
+    Room.server = Server(
+        "--announce", "--history", "5", "--quiet", constants={"WHO_SHOWN": WHO_SHOWN, "NAME_SECONDS": 0.0}
+    )
     unittest.addModuleCleanup(Room.server.__exit__)
