@@ -1247,7 +1247,7 @@ class Server:
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
         # 3. Everyone gets end-of-file after what was queued; its handler leaves when the peer closes or says more.
-        for client in list(self._clients):  # handlers take themselves out of it
+        for client in self._clients:
             client.finish()
             self._room.reconsider(client)
         while self._clients and deadline.left():
