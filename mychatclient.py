@@ -1587,30 +1587,38 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; exit with status 2 and a usage line when they are wrong."""
     usage = "%(prog)s [HOST] [PORT] [OPTION]...; --help lists the options"
     parser = argparse.ArgumentParser("mychatclient", usage, "A chat client.", allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "host", nargs="?", type=host_and_port, default=(None, None), help=f"the server's host (default: {DEFAULT_HOST})"
+    parser.add_argument("--version", action="version", version=f"mychatclient {__version__}")
+
+    whom = parser.add_argument_group("whom to join")
+    whom.add_argument(
+        "host", nargs="?", type=host_and_port, default=(None, None), help=f"HOST or HOST:PORT (default: {DEFAULT_HOST})"
     )
-    port = parser.add_mutually_exclusive_group()
-    port.add_argument(
-        "port", nargs="?", type=port_number, help=f"its port, alone or after the host (default: {DEFAULT_PORT})"
-    )
+    port = whom.add_mutually_exclusive_group()
+    port.add_argument("port", nargs="?", type=port_number, help=f"alone, or after the host (default: {DEFAULT_PORT})")
     port.add_argument("--port", type=port_number, dest="port_option", metavar="PORT", help="the same")
-    add("--tls", action="store_true", help="encrypt, and check whose the server is (default: do not)")
-    add("--tls-ca", metavar="PEM", help="the same, trusting this certificate (default: the system's authorities)")
-    add("--lan", action="store_true", help="find the server on this network (default: do not)")
-    add("--ssh", metavar="[USER@]MACHINE", help="join through ssh, as seen from there (default: do not)")
-    add("--name", default=os.environ.get("MYCHAT_NAME", ""), help="be called this (default: MYCHAT_NAME, or the port)")
-    password = parser.add_mutually_exclusive_group()
-    password.add_argument("--password", action="store_true", help="ask for the server's password (default: if it asks)")
-    password.add_argument("--password-file", metavar="FILE", help="whose first line it is (default: MYCHAT_PASSWORD)")
+    whom.add_argument("--lan", action="store_true", help="find the server on this network (default: do not)")
+    whom.add_argument("--ssh", metavar="[USER@]MACHINE", help="join through ssh, as seen from there (default: do not)")
+    whom.add_argument("--reconnect", action="store_true", help="after a lost connection, try again (default: do not)")
+
+    add = parser.add_argument_group("encryption").add_argument
+    add("--tls", action="store_true", help="use TLS, with whom this system trusts (default: do not)")
+    add("--tls-ca", metavar="PEM", help="use TLS, with this certificate (default: do not)")
+
+    who = parser.add_argument_group("who you are")
+    who.add_argument("--name", default=os.environ.get("MYCHAT_NAME", ""), help="be called so (default: MYCHAT_NAME)")
+    password = who.add_mutually_exclusive_group()
+    password.add_argument("--password", action="store_true", help="ask for it first (default: when the server does)")
+    password.add_argument(
+        "--password-file", metavar="FILE", help="its first line is the password (default: MYCHAT_PASSWORD)"
+    )
+
+    add = parser.add_argument_group("what you see and hear").add_argument
     add("--bell", action="store_true", help="ring when a line names you (default: do not)")
-    add("--reconnect", action="store_true", help="after a lost connection, try again (default: do not)")
     add("--time", action="store_true", help="show when each line came (default: do not)")
-    add("--compact", action="store_true", help="show no empty row before each line (default: show one)")
+    add("--compact", action="store_true", help="show no empty row before a line (default: show one)")
     add("--no-color", action="store_true", help="show no colours (default: show them in a terminal)")
-    add("--plain", action="store_true", help="only add to the screen, for screen readers (default: off)")
-    add("--version", action="version", version=f"mychatclient {__version__}")
+    add("--plain", action="store_true", help="only add to the screen, for screen readers (default: do not)")
+
     options = parser.parse_args(argv)
     options.host, port_of_host = options.host
     options.port = options.port or options.port_option or port_of_host
