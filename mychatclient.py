@@ -645,12 +645,12 @@ class NotConnected(Exception):
     """Why there is no connection, or none any more, and what to do, as one sentence."""
 
 
-class Closed(NotConnected):
+class Lost(NotConnected):
+    """The same, where another try may help."""
+
+
+class Closed(Lost):
     """The same, where the server has ended it: no surprise once we have half-closed it."""
-
-
-class FatalConnectError(NotConnected):
-    """The same, where there is no use in trying again by itself: the wrong server, password or certificate."""
 
 
 class Connection:
@@ -774,7 +774,7 @@ def connect(host: str, port: int) -> socket.socket:
     if sock.getsockname() == sock.getpeername():  # our own end: the system gave us the port that nobody listens on
         raise ConnectionRefusedError
     options = dict(KEEPALIVE)
-    if os.isatty(0) and not ipaddress.ip_address(peer_host(sock)).is_loopback:
+    if os.isatty(0) and not ipaddress.ip_address(sock.getpeername()[0]).is_loopback:
         options["TCP_USER_TIMEOUT"] = VANISHED_SECONDS * 1_000  # keepalive does not ask while something is unsent
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -782,11 +782,6 @@ def connect(host: str, port: int) -> socket.socket:
         with contextlib.suppress(AttributeError, OSError):  # this system does not let one set it
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return sock
-
-
-def peer_host(sock: socket.socket) -> str:
-    """Return the address of the other end, without the interface that a link-local one has behind it."""
-    return str(sock.getpeername()[0]).partition("%")[0]
 
 
 CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds counts
@@ -817,18 +812,18 @@ def blocks_from(connection: Connection) -> Iterator[bytes]:
 
     An unfinished last line is shown, too. As long as the server has sent no newline, a piece of two or more characters
     and a second of silence are a line; but not when a piece of that line was a single character: then somebody types it
-    there, key by key. At the end raises Closed, NotConnected when it was lost, or FatalConnectError.
+    there, key by key. At the end raises Closed, Lost, or NotConnected when there is no use in another try.
     """
     data: bytes | None = None
     block = partial = b""
     begins, sends_newlines, is_typed = True, False, False
-    problem: NotConnected = Closed(SERVER_CLOSED)
+    problem: Lost = Closed(SERVER_CLOSED)
     while data != b"":
         try:
             data = connection.receive(SILENCE_SECONDS)
         except OSError as error:
             data = b""
-            problem = NotConnected(f"{error.strerror or error}; check the network, and whether the server still runs.")
+            problem = Lost(f"{error.strerror or error}; check the network, and whether the server still runs.")
         partial += data or b""
         end = partial.rfind(b"\n") + 1
         sends_newlines = sends_newlines or end > 0
@@ -845,19 +840,19 @@ def blocks_from(connection: Connection) -> Iterator[bytes]:
             yield clean(whole.replace(b"\r\n", b"\n"))
         block = whole or block
     if block[block.rfind(b"\n", 0, -1) + 1 :].startswith(REFUSED):
-        raise FatalConnectError(TURNED_AWAY)
+        raise NotConnected(TURNED_AWAY)
     raise problem
 
 
 def check_beginning(block: bytes) -> None:
-    """Raise FatalConnectError when a server begins with what ends the chat, and tell what that is."""
+    """Raise NotConnected when a server begins with what ends the chat, and tell what that is."""
     if block.startswith(QUESTION):
-        raise FatalConnectError(ASKED_LATE)
+        raise NotConnected(ASKED_LATE)
     if block[:9].upper().startswith((b"HTTP/", b"<!DOCTYPE", b"<HTML")):
-        raise FatalConnectError("that is a web server; check host and port.")
+        raise NotConnected("that is a web server; check host and port.")
     # Alert, handshake: RFC 8446, 5.1; or what mychatserver.py says.
     if block.startswith((b"\x15\x03", b"\x16\x03", REFUSED + b"this server speaks TLS")):
-        raise FatalConnectError(NEEDS_TLS)
+        raise NotConnected(NEEDS_TLS)
 
 
 # --- Input: what is typed or piped, up to exit or its end -------------------------------------------------------------
@@ -912,8 +907,7 @@ def piped() -> Iterator[tuple[bytes, bool]]:
 
 # --- Connections: one, or with --reconnect one after another ----------------------------------------------------------
 
-RECONNECT_SECONDS = 0.5, 1.0, 2.0, 5.0  # before each try to connect again; the last for ever
-STEADY_SECONDS = 10.0  # a connection that lasted so long: the pauses begin anew
+RECONNECT_SECONDS = 2.0  # before each try to connect again
 ADMITTED_SECONDS = 0.5  # in which a server that turns us away has said so
 
 
@@ -926,11 +920,9 @@ class Connections:
         self._style = style
         self.connect_again = connect_again
         # Set by the main thread: the ends that are no surprise. Closed, when the input has ended; any, after exit.
-        self.expected: tuple[type[NotConnected], ...] = ()
+        self.expected: tuple[type[Lost], ...] = ()
         # Set by the receive thread.
-        self.is_connected = True  # else ``current`` is the one that was lost
         self._name = name  # to ask the server for
-        self._tries = 0  # to connect again, since a connection was steady
         self._begin(first)
 
     # Runs in the receive thread
@@ -938,14 +930,11 @@ class Connections:
     def blocks(self) -> Iterator[bytes]:
         """Yield blocks of whole lines to be shown, and nothing now and then. Raises NotConnected at a bad end."""
         while True:
-            begun = time.monotonic()
             try:
                 yield from blocks_from(self.current)
-            except FatalConnectError:
-                raise
             except self.expected:
                 return
-            except NotConnected:
+            except Lost:
                 doubtful = self.current.doubtful_lines()
                 if doubtful:
                     lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
@@ -953,24 +942,18 @@ class Connections:
                 if not self.connect_again:
                     raise
                 yield b"* connection lost, trying again\n"
-                self.is_connected = False
                 self.current.close()  # so that nothing is sent
-                if time.monotonic() - begun > STEADY_SECONDS:
-                    self._tries = 0
                 while not self._has_reconnected(self.connect_again):
                     yield b""
                 yield b"* connected again\n"
 
     def _has_reconnected(self, connect_again: Callable[[], Connection]) -> bool:
-        """Try to connect after a pause; return whether that has worked. Raises FatalConnectError."""
-        time.sleep(RECONNECT_SECONDS[min(self._tries, len(RECONNECT_SECONDS) - 1)])
-        self._tries += 1
+        """Try to connect after a pause; return whether that has worked. Raises NotConnected if it never will."""
+        time.sleep(RECONNECT_SECONDS)
         try:
             connection = connect_again()
             beginning = connection.peek(ADMITTED_SECONDS)
-        except FatalConnectError:
-            raise
-        except (OSError, UnicodeError, NotConnected):  # not yet
+        except (OSError, RuntimeError, UnicodeError, Lost):  # not yet
             return False
         if beginning is not None and (not beginning or beginning.startswith(REFUSED)):
             connection.close()
@@ -978,7 +961,6 @@ class Connections:
         if not self._style.own_label[0].isdigit():  # not a port: the last name that we got
             self._name = self._style.own_label
         self._begin(connection)
-        self.is_connected = True
         return True
 
     def _begin(self, connection: Connection) -> None:
@@ -1082,7 +1064,7 @@ class Conversation:
         connections = self._connections
         for data, is_exit in typed(self._screen) if self._is_typed else piped():
             if is_exit:
-                connections.expected = (NotConnected,)
+                connections.expected = (Lost,)
             if not self._send(data) and not is_exit:
                 if not connections.connect_again:
                     return False
@@ -1090,7 +1072,7 @@ class Conversation:
             if is_exit:
                 break
         else:
-            connections.expected = (NotConnected,) if self._is_typed else (Closed,)
+            connections.expected = (Lost,) if self._is_typed else (Closed,)
         connections.current.half_close()
         return True
 
@@ -1105,7 +1087,7 @@ class Conversation:
     def _wait_for_server(self, is_patient: bool) -> None:
         """Wait for the server to close; unless patient, only while what was sent still moves on its way there."""
         moved, before = time.monotonic(), None
-        while not self._is_over and self._connections.is_connected:
+        while not self._is_over and self._connections.current.sock.fileno() >= 0:  # closed, it was lost
             unsent = self._connections.current.unsent()
             if unsent != before:
                 moved, before = time.monotonic(), unsent
@@ -1199,7 +1181,7 @@ class Password:
     def enter(self, connection: Connection, connecting_seconds: float) -> None:
         """Wait for the server to ask for the password, and give it; without a question, return.
 
-        Blocks for a person who has to type it. Raises EOFError at Ctrl-D, OSError, NotConnected or FatalConnectError.
+        Blocks for a person who has to type it. Raises EOFError at Ctrl-D, OSError or NotConnected.
         """
         beginning = connection.read_line(QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds)
         if beginning == QUESTION:
@@ -1207,7 +1189,7 @@ class Password:
             while not self._is_right(connection):
                 tries -= 1
                 if not tries:
-                    raise FatalConnectError(WRONG)
+                    raise NotConnected(WRONG)
                 warn("Wrong password, try again.")
                 self._known = b""
         else:
@@ -1219,13 +1201,13 @@ class Password:
     def _is_right(self, connection: Connection) -> bool:
         """Give the password, which a person may have to type; return whether the server takes it."""
         if not self._known and not self._can_ask:
-            raise FatalConnectError(UNANSWERED)
+            raise NotConnected(UNANSWERED)
         self._known = self._known or password_typed()
         connection.send(self._known + b"\n")
         reply = connection.read_line(ANSWER_SECONDS)
         if reply not in (b"* password accepted\n", b"* wrong password\n", REFUSED + b"wrong password\n"):
             said = clean(reply).decode().strip("* \n") or "it has not answered"
-            raise NotConnected(f"The server has not let us in: {said}; {TRY_LATER}")
+            raise Lost(f"The server has not let us in: {said}; {TRY_LATER}")
         return reply == b"* password accepted\n"
 
 
@@ -1236,7 +1218,7 @@ def password_typed() -> bytes:
             os.close(os.open("/dev/tty", os.O_RDWR))  # or getpass would read standard input
         password = getpass.getpass()
     except OSError:  # the terminal is not this process's own, as under ``su -c``
-        raise FatalConnectError(UNANSWERED) from None
+        raise NotConnected(UNANSWERED) from None
     except UnicodeDecodeError:
         return b"\xff"  # as wrong as what was typed
     if password.strip().lower() == "exit":
@@ -1409,8 +1391,7 @@ def tls_context(authority: str | None) -> ssl.SSLContext:
 def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) -> Connection:
     """Return a connection with TLS on it, of a server that has shown that it is ``host``; close ``sock`` if it is not.
 
-    Blocks HANDSHAKE_SECONDS at most. Raises NotConnected, or FatalConnectError for a server that is another or has no
-    TLS. Nothing is sent but TLS.
+    Blocks HANDSHAKE_SECONDS at most. Raises NotConnected. Nothing is sent but TLS.
     """
     try:
         sock = secure = context.wrap_socket(
@@ -1432,15 +1413,13 @@ def tls_problem(error: OSError | ValueError, host: str, where: str) -> NotConnec
 
     if isinstance(error, ssl.SSLCertVerificationError):
         other = f"does not do: {error.verify_message}; ask whoever runs that server."
-        return FatalConnectError(f"The certificate of {where} {CERTIFICATE_PROBLEMS.get(error.verify_code, other)}")
+        return NotConnected(f"The certificate of {where} {CERTIFICATE_PROBLEMS.get(error.verify_code, other)}")
     if isinstance(error, TIMEOUTS):
-        return NotConnected(
-            f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none."
-        )
+        return Lost(f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none.")
     if isinstance(error, ssl.SSLError) and not is_cut(error):
-        return FatalConnectError(f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})")
+        return NotConnected(f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})")
     if isinstance(error, OSError):  # as mychatserver.py ends it when it has no certificate
-        return NotConnected(f"{where} ends the connection when asked for TLS: leave --tls out if that server has none.")
+        return Lost(f"{where} ends the connection when asked for TLS: leave --tls out if that server has none.")
     return NotConnected(f"No certificate can be for {host!r}: join by the name or address that the server's has.")
 
 

@@ -90,7 +90,7 @@ class Vanishing(Links):
         """The lines are told of, and are in the editor's history."""
         for way in ("dropped", "down here", "down there"):
             with self.subTest(way=way):
-                self.comes_back(way, {"VANISHED_SECONDS": 1, "RECONNECT_SECONDS": (0.1,)})
+                self.comes_back(way, {"VANISHED_SECONDS": 1, "RECONNECT_SECONDS": 0.1})
 
     @once
     def test_that_takes_a_minute_and_a_half(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import pathlib
 import random
@@ -401,7 +402,7 @@ class Starting(TestCase):
                 with (
                     unittest.mock.patch("socket.create_connection", return_value=made),
                     unittest.mock.patch("os.isatty", return_value=is_terminal),
-                    unittest.mock.patch.object(mychatclient, "peer_host", return_value=peer),
+                    unittest.mock.patch("ipaddress.ip_address", return_value=ipaddress.ip_address(peer)),
                     mychatclient.connect("chat.example", 1) as sock,
                 ):
                     self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), expected)
