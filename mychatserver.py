@@ -986,11 +986,12 @@ class Room:
         if self._slow:
             size = min(size, self._client_budget // 4)
         size = max(size, PORTION_BYTES)
-        block, rest = labelled(speaker.label, lines), b""
+        some = front(lines, size)
+        block = labelled(speaker.label, some)
         if len(block) > size:  # as many lines as would fit if all were of one length
-            some = front(lines, size * len(lines) // len(block))
-            block, rest = labelled(speaker.label, some), lines[len(some) :]
-        return (block, rest) if self._may_say(speaker, block) else None
+            some = front(some, size * len(some) // len(block))
+            block = labelled(speaker.label, some)
+        return (block, lines[len(some) :]) if self._may_say(speaker, block) else None
 
     def _may_say(self, speaker: Speaker, lines: bytes) -> bool:
         """Return whether ``speaker`` may enqueue ``lines`` now, and if so, take them off its budget.
