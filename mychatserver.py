@@ -798,7 +798,7 @@ class Room:
         """Give lines to ``client`` alone, after what it has said, once it has taken most of what it was given."""
         lines = "".join(f"{notice}\n" for notice in notices).encode()
         with self._queue_lock:
-            while client.outbox_bytes > REPLY_BYTES or not self._may_say(client, lines):
+            while (client.outbox_bytes > REPLY_BYTES and not client.gone) or not self._may_say(client, lines):
                 self._wait(client)
             self._enqueue(Entry(lines, client, only=[client]))
         self._broadcast()

@@ -273,6 +273,22 @@ class Moments(TestCase):
             eventually(lambda: not unread(server, ann))  # or whoever comes to chat would be the next slow consumer
             self.check_chat(server, ann)
 
+    def test_while_it_takes_its_answers_slowly(self) -> None:
+        """It waits to be answered until it has taken more, which a crawler hardly does."""
+        constants = {"STALL_SECONDS": 10 * SECONDS}
+        with Operated("--quiet", setup=SMALL_BUFFERS, constants=constants) as server, server.peer() as ann:
+            bob = server.peer(receive_buffer=4_096)
+            ann.send(numbered_lines(5_000) + b"/who\n")  # too little for a slow consumer
+            ann.expect(f"* 2 here: {ann.label} (you), {bob.label}")
+            bob.say("/who")
+            eventually(lambda: not unread(server, bob))
+            bob.say("more")
+            eventually(lambda: unread(server, bob))
+            server.type(f"/kick {bob.label}")
+            server.expect(f"* {bob.label} was kicked", "Connection closed")
+            bob.close()
+            self.check_chat(server, ann)
+
     def test_whoever_floods_meanwhile_the_operator_can_speak_and_act(self) -> None:
         """Who was there and who came later have spent their budgets, and wait for a slow consumer that may stay."""
         patient = {"FLOOR_SECONDS": 600, "STALL_SECONDS": 600, "EPOCH_SECONDS": 600.0, "CLIENT_BUDGET_BYTES": 4_096}
