@@ -58,6 +58,7 @@ import ipaddress
 import itertools
 import os
 import re
+import select
 import selectors
 import signal
 import socket
@@ -432,6 +433,16 @@ class Client:
             if text is not None:
                 return text
         return b""
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long. Raises Quit as soon as the connection is given up or reset, whatever is unread."""
+        if sys.platform == "win32":  # which has no poll: a thread stays so long
+            time.sleep(seconds)
+        else:
+            waiting = select.poll()
+            waiting.register(self._sock, 0)  # for its end alone
+            if waiting.poll(seconds * 1_000):
+                raise Quit
 
     def shake_hands(self, seconds: float) -> None:
         """Do the codec's handshake, if there is one. Blocks so many seconds at most; raises OSError, Refused."""
@@ -1675,7 +1686,7 @@ class Gate:
             if not self._name and re.match(rb"[\t ]*/(?i:nick)[\t ]", line):
                 self._name = line[:DOOR_READ_BYTES] + b"\n"  # more is no name
                 continue
-            time.sleep(WRONG_SECONDS)  # so that guessing takes its time
+            self._client.pause(WRONG_SECONDS)  # so that guessing takes its time
             self._tries_left -= 1
             if not self._tries_left:
                 raise Refused("wrong password")

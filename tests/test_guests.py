@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import time
+import unittest
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
@@ -227,6 +228,17 @@ class Passwords(Guests):
         server.expect(f"Refused : {first.address}")
         second.say(SECRET)
         second.expect(ACCEPTED)
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: /proc tells of threads")
+    def test_who_has_lost_its_place_does_not_go_on_paying_for_a_wrong_try(self) -> None:
+        """Or one who connects and guesses without end would have as many threads as it likes."""
+        server = self.ask(DOOR_PLACES=3, WRONG_SECONDS=10 * SECONDS)
+        threads = server.threads()
+        for _ in range(30):
+            guesser = self.connect(server)
+            guesser.expect(QUESTION)
+            guesser.say("a guess")
+        eventually(lambda: server.threads() <= threads + 3)
 
     def test_time_to_wait_at_the_door_is_limited_and_its_places_are_given_back(self) -> None:
         server = self.ask(DOOR_PLACES=2, PASSWORD_SECONDS=1.0)
