@@ -507,6 +507,8 @@ class PromptToolkitEditor(Screen):
     time the receive thread gets the lock, and draws itself.
     """
 
+    misses_signals = True
+
     def __init__(self, style: Style) -> None:
         import prompt_toolkit
         from prompt_toolkit.layout.processors import TabsProcessor
@@ -580,6 +582,7 @@ class PromptToolkitEditor(Screen):
             self._write(self.style.rows(self._block))
             self._block = b""
         if self._is_over and self._app.is_running and not self._app.is_done:
+            block_signals()  # until what it raises is caught
             self._app.erase_when_done = not self._session.default_buffer.text  # or an empty row would stay
             self._app.exit(exception=Interrupted)
 
@@ -1097,7 +1100,7 @@ class Conversation:
             time.sleep(INTERRUPT_SECONDS)
 
     def _on_signal(self, number: int, _: object) -> None:
-        """Note a signal that ends the program; draw what waits to be drawn; when all is over, raise Interrupted, once.
+        """Note a signal that ends the program; draw what waits to be drawn; when all is over, raise Interrupted.
 
         No handler may run while what another has raised is on its way out of ``input``: CPython would take its results
         for those of functions that have failed. So only that of SIGURG raises, which CPython calls after those of the
@@ -1116,7 +1119,6 @@ class Conversation:
         try:
             self._screen.draw()
             if self._ended_by or self._is_over:
-                self._is_interruptible = False
                 self._screen.end_line(self._ended_by == signal.SIGINT)
         finally:
             self._screen.is_busy = False

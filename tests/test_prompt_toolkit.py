@@ -317,7 +317,8 @@ class Endings(WithoutReadline, test_terminal.Endings):
                     client.type(typed)
                     if not typed:
                         client.server.shutdown(socket.SHUT_RDWR)
-                    while client.process.poll() is None:
+                    deadline = time.monotonic() + SECONDS
+                    while client.process.poll() is None and time.monotonic() < deadline:
                         client.read(0.01)
                     self.assertEqual(client.wait(), status)
                     self.assertEqual(client.attributes(), client.before)
