@@ -1447,17 +1447,17 @@ def through_ssh(cleanup: contextlib.ExitStack, target: str, host: str, port: int
     reads the terminal at any time. Raises NotConnected or OSError; what ssh has to say is on standard error then.
     Ctrl-C reaches ssh too; once it ends, so does the chat. Whoever closes ``cleanup`` ends ssh.
     """
-    command = ["ssh", "-W", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
-    for option in (
-        "PermitLocalCommand=yes",
-        f"LocalCommand=echo {SSH_READY.decode()}",
-        "ControlPath=none",  # a connection that is shared runs no LocalCommand
-        f"ConnectTimeout={CONNECT_SECONDS:.0f}",
-        f"ServerAliveInterval={SSH_ALIVE_SECONDS}",
-    ):
-        command += ["-o", option]
+    command = [
+        "ssh",
+        "-oPermitLocalCommand=yes",
+        f"-oLocalCommand=echo {SSH_READY.decode()}",
+        "-oControlPath=none",  # a connection that is shared runs no LocalCommand
+        f"-oConnectTimeout={CONNECT_SECONDS:.0f}",
+        f"-oServerAliveInterval={SSH_ALIVE_SECONDS}",
+    ]
+    there = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        sock, child = start_on_socket([*command, "--", target])
+        sock, child = start_on_socket([*command, "-W", there, "--", target])
     except OSError as error:
         raise NotConnected(f"Cannot run ssh here: {error.strerror}; install the OpenSSH client.") from None
     connection = Connection(sock, is_direct=False)
@@ -1488,21 +1488,13 @@ def end_child(child: subprocess.Popen[bytes]) -> None:
 
 def start_on_socket(command: list[str]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Start a program, and return it and a socket that is its standard input and output. Raises OSError."""
-    environment = {**os.environ, "SHELL": "/bin/sh"}  # a login shell may run nothing, or talk
+    pipe, environment = subprocess.PIPE, {**os.environ, "SHELL": "/bin/sh"}  # a login shell may run nothing, or talk
+    child = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, env=environment)  # noqa: S603 - no shell
+    assert child.stdin and child.stdout  # noqa: S101 - for mypy
     ours, theirs = socket.socketpair()
-    if sys.platform != "win32":
-        with theirs:
-            streams = theirs.fileno()
-            child = subprocess.Popen(command, stdin=streams, stdout=streams, env=environment)  # noqa: S603 - no shell
-    else:  # where a socket cannot be that: a pipe each way, and a thread that pumps
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe)  # noqa: S603 - no shell
-        assert child.stdin and child.stdout  # noqa: S101 - for mypy
-        receive = functools.partial(theirs.recv, READ_BYTES)
-        read = functools.partial(child.stdout.read, READ_BYTES)
-        no_more = functools.partial(theirs.shutdown, socket.SHUT_RDWR)
-        start_thread(pump, receive, child.stdin.write, child.stdin.close)
-        start_thread(pump, read, theirs.sendall, no_more, theirs.close)
+    no_more = functools.partial(theirs.shutdown, socket.SHUT_RDWR)
+    start_thread(pump, functools.partial(theirs.recv, READ_BYTES), child.stdin.write, child.stdin.close)
+    start_thread(pump, functools.partial(child.stdout.read, READ_BYTES), theirs.sendall, no_more, theirs.close)
     return ours, child
 
 
@@ -1612,8 +1604,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.tls = options.tls or options.tls_ca is not None
     if options.tls and options.ssh is not None:
         parser.error("--ssh encrypts already: leave --tls out")
-    if options.ssh is not None and (not options.ssh or options.ssh.startswith("-")):  # which ssh takes for an option
-        parser.error(f"{options.ssh!r} is no machine for ssh: [USER@]MACHINE")
     options.host = DEFAULT_HOST if options.host is None else options.host
     options.port = DEFAULT_PORT if options.port is None else options.port
     return options
@@ -1633,7 +1623,7 @@ def chat(options: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
 
     def join() -> Connection:
         begun = time.monotonic()
-        if options.ssh:
+        if options.ssh is not None:
             connection = through_ssh(cleanup, options.ssh, options.host, options.port)
         else:
             sock = connect(options.host, options.port)
