@@ -259,11 +259,7 @@ def ready(sock: socket.socket | Client, events: int, seconds: float) -> int:
 
 
 class Client:
-    """One peer: its socket, its label and its outbox.
-
-    With a codec, all that goes through the socket is encrypted: what is given before it enters the outbox, and what is
-    read before anyone sees it.
-    """
+    """One peer: its socket, its label and its outbox."""
 
     label = ""  # set when it joins, and by /nick, with the room's queue lock held
     heard_from: Client | None = None  # who last wrote to it privately
@@ -274,7 +270,6 @@ class Client:
         sock: socket.socket,
         address: tuple[str, int],
         on_change: Callable[[Client], None],  # it has got an outbox, or is found to be gone
-        codec: Codec | None = None,
     ) -> None:
         self.address = address
         self._sock = sock
@@ -284,7 +279,6 @@ class Client:
         self.read_bytes = READ_BYTES  # at once
         # Guards what follows, and the socket but for reading: nobody uses it once it is closed. Innermost lock.
         self._lock = threading.Lock()
-        self._codec = codec
         self._outbox: collections.deque[memoryview] = collections.deque()
         self.outbox_bytes = 0  # others read this, and the next two, without the lock
         self.gone = False  # nothing more is taken for it: it leaves, is evicted, or a send has found the peer gone
@@ -304,7 +298,7 @@ class Client:
         """Send pieces, or put into the outbox what the socket does not take; return the bytes in the outbox."""
         with self._lock:
             if pieces and not self.gone:
-                self._put(self._codec.encrypted(pieces) if self._codec else pieces)
+                self._put(pieces)
             return self.outbox_bytes
 
     def say(self, notice: str) -> int:
@@ -329,8 +323,6 @@ class Client:
     def finish(self, and_wake: bool = False) -> None:
         """Take no more; once the outbox is sent, end the stream; perhaps wake the handler. Does not block."""
         with self._lock:
-            if not self.gone and self._codec:
-                self._put(self._codec.ended())
             self.gone, self.readable = True, False
             if not self._outbox:
                 self._shut(socket.SHUT_WR)
@@ -415,24 +407,12 @@ class Client:
 
         Raises OSError at a reset, and when the deadline passes.
         """
-        if self._codec and self._codec.early:
-            early, self._codec.early = self._codec.early, b""
-            return early
-        while not (self._codec and self._codec.at_end):
-            if self.deadline and not ready(self._sock, selectors.EVENT_READ, self.deadline.left()):
-                raise TimeoutError
-            if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
-                while not ready(self._sock, selectors.EVENT_READ, 1.0) and self.readable:
-                    pass
-            data = self._sock.recv(size)
-            if not self._codec:
-                return data
-            with self._lock:
-                text = self._codec.decrypted(data)
-                self._put(self._codec.output())  # what TLS itself has to answer
-            if text is not None:
-                return text
-        return b""
+        if self.deadline and not ready(self._sock, selectors.EVENT_READ, self.deadline.left()):
+            raise TimeoutError
+        if sys.platform == "win32":  # where shutdown in one thread does not wake another: look once a second
+            while not ready(self._sock, selectors.EVENT_READ, 1.0) and self.readable:
+                pass
+        return self._sock.recv(size)
 
     def pause(self, seconds: float) -> None:
         """Wait so long. Raises Quit as soon as the connection is given up or reset, whatever is unread."""
@@ -443,11 +423,6 @@ class Client:
             waiting.register(self._sock, 0)  # for its end alone
             if waiting.poll(seconds * 1_000):
                 raise Quit
-
-    def shake_hands(self, seconds: float) -> None:
-        """Do the codec's handshake, if there is one. Blocks so many seconds at most; raises OSError, Refused."""
-        if self._codec:
-            self._codec.shake_hands(self._sock, Deadline(seconds))
 
     def drain(self) -> None:
         """Send the outbox and end-of-file, and let the peer close first: its input, unread, would reset both.
@@ -1196,13 +1171,13 @@ class Server:
         errors: Writer,
         guests: Guests,
         discovery: Discovery | None = None,
-        new_codec: Callable[[], Codec] | None = None,
+        new_client: Callable[..., Client] = Client,
     ) -> None:
         self._room = room
         self._console = console
         self._errors = errors
         self._guests = guests
-        self._new_codec = new_codec
+        self._new_client = new_client
         # Any thread may change these; one operation at a time is safe.
         self._crossing: set[Client] = set()  # those who are on their way into the room, or out of it
         self._calls: collections.deque[Callable[[], object]] = collections.deque()  # asked of the server thread,
@@ -1327,7 +1302,7 @@ class Server:
             sock.close()
             self._show_refused(address)
             return
-        client = Client(sock, address, self._on_change, self._new_codec() if self._new_codec else None)
+        client = self._new_client(sock, address, self._on_change)
         # Before its handler starts, or a client that leaves at once would be taken out before it is in.
         self._clients.add(client)
         self._crossing.add(client)
@@ -1392,11 +1367,10 @@ class Server:
         the door and ``drain``, as they have a deadline.
         """
         try:
-            client.prepare()
             if self._guests.have_door:
                 self._crossed(client)
                 self._guests.enter_door(client)
-                client.shake_hands(HANDSHAKE_SECONDS)
+            client.prepare()
             gate = Gate(client, self._guests.password) if self._guests.password else None
             if not gate:
                 self._guests.leave_door(client)
@@ -1880,91 +1854,102 @@ def asked_of_clients(certificate: str) -> tuple[str, list[str]]:
     return " --tls", []
 
 
-class Codec:
-    """TLS between one client and its socket: an SSLObject and two buffers in memory, in which nothing ever waits.
+class TlsClient(Client):
+    """A client whose socket carries ciphertext: so does its outbox, and ``recv`` returns text.
 
-    Called with the client's lock held once hands are shaken: an SSLObject must not be read by one thread while another
-    writes.
+    An SSLObject with two buffers in memory, in which nothing ever waits, is between. It must not be read by one thread
+    while another writes: once hands are shaken it is used with the client's lock held.
     """
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self, context: ssl.SSLContext, *arguments: Any) -> None:
         import ssl
 
+        super().__init__(*arguments)
         self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._output, server_side=True)
         self._wants_more = ssl.SSLWantReadError
         self._silent = 0  # bytes that came since the last text
-        self.is_ready = False  # until then what is sent goes out as it is
-        self.early = b""  # text that came right after the peer's last word of the handshake
-        self.at_end = False  # the peer has said its close_notify
+        self._is_secured = False  # until then what is given goes out as it is
 
-    def shake_hands(self, sock: socket.socket, deadline: Deadline) -> None:
-        """Do the handshake, before anything else is sent; block until the deadline at most.
+    def prepare(self) -> None:
+        """Do the handshake, too, before anything else is sent. Blocks HANDSHAKE_SECONDS at most.
 
         Raises Refused for a peer that does not speak TLS, OSError for one that does so wrongly, slowly, or is gone.
         """
+        super().prepare()
+        deadline = Deadline(HANDSHAKE_SECONDS)
         # With TLS the client speaks first: one that says nothing is as plain as one that says something else.
-        if not ready(sock, selectors.EVENT_READ, deadline.left()) or sock.recv(1, socket.MSG_PEEK) != TLS_HELLO[:1]:
+        is_heard = ready(self, selectors.EVENT_READ, deadline.left())
+        if not is_heard or self._sock.recv(1, socket.MSG_PEEK) != TLS_HELLO[:1]:
             raise Refused("this server speaks TLS: join with mychatclient.py --tls")
-        while not self.is_ready:
-            if not ready(sock, selectors.EVENT_READ, deadline.left()):
+        while not self._tls.version():
+            if not ready(self, selectors.EVENT_READ, deadline.left()):
                 raise TimeoutError
-            data = sock.recv(READ_BYTES)
+            data = self._sock.recv(READ_BYTES)
             if not data:
                 raise ConnectionResetError
             self._received.write(data)
-            self.early = self._text()  # which does the handshake first
-            self.is_ready = self._tls.version() is not None
-            sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
+            with contextlib.suppress(self._wants_more):
+                self._tls.do_handshake()
+            self._sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
+        self._is_secured = True
 
-    def encrypted(self, pieces: Sequence[memoryview]) -> Sequence[memoryview]:
-        """Return what is to be sent for ``pieces``."""
-        if not self.is_ready:
-            return pieces
-        with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
-            for piece in pieces:
-                self._tls.write(piece)
-        return self.output()
+    def recv(self, size: int) -> bytes:
+        """Wait for text and return it, of ``size`` bytes on the wire at most, empty at TLS's end.
 
-    def decrypted(self, data: bytes) -> bytes | None:
-        """Return the text that can be read with more ciphertext, empty at close_notify; None if there is none.
-
-        Raises OSError at what is not TLS, at TCP's end without TLS's own, and at a peer that sends records without
+        Raises OSError at what is not TLS, too, at TCP's end without TLS's own, and at a peer that sends records without
         text, or asks for new keys, without end.
         """
-        if not data:
-            raise ConnectionResetError
-        self._received.write(data)
-        text = self._text()
-        self._silent = 0 if text else self._silent + len(data)
-        if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
-            raise ConnectionAbortedError
-        return text if text or self.at_end else None
+        while True:
+            with self._lock:
+                text = self._text()  # first, as some may have come with the handshake
+                self._silent = 0 if text else self._silent
+                if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
+                    raise ConnectionAbortedError
+                self._put([])  # what TLS itself has to answer
+            if text is not None:
+                return text
+            data = super().recv(size)
+            if not data:
+                raise ConnectionResetError
+            with self._lock:
+                self._received.write(data)
+            self._silent += len(data)
 
-    def _text(self) -> bytes:
+    def finish(self, and_wake: bool = False) -> None:
+        """End TLS, too, by its close_notify."""
+        with self._lock:
+            if not self.gone and self._is_secured:
+                with contextlib.suppress(OSError):  # the peer's own end has not come
+                    self._tls.unwrap()
+                self._put([])
+        super().finish(and_wake)
+
+    # Call with the lock held
+
+    def _put(self, pieces: Sequence[memoryview]) -> None:
+        """Encrypt pieces; send what TLS has to send: for them, or of its own."""
+        if self._is_secured:
+            with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
+                for piece in pieces:
+                    self._tls.write(piece)
+            data = self._output.read()
+            pieces = [memoryview(data)] if data else []
+        super()._put(pieces)
+
+    def _text(self) -> bytes | None:
+        """Return what can be read now, empty at close_notify, None if that is nothing yet."""
         parts: list[bytes] = []
         try:
             while part := self._tls.read(READ_BYTES):
                 parts.append(part)
-            self.at_end = True
         except self._wants_more:
-            pass
+            if not parts:
+                return None
         except OSError:
             if not parts:  # else the next call raises it again
                 raise
         return b"".join(parts)
-
-    def ended(self) -> Sequence[memoryview]:
-        """Return what is to be sent at the end: TLS's own, close_notify."""
-        if self.is_ready:
-            with contextlib.suppress(OSError):  # the peer's own end has not come
-                self._tls.unwrap()
-        return self.output()
-
-    def output(self) -> Sequence[memoryview]:
-        """Return what TLS has to send: for what was given to it, or of its own."""
-        data = self._output.read()
-        return [memoryview(data)] if data else []
 
 
 # --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
@@ -2577,8 +2562,8 @@ def serve(options: argparse.Namespace) -> int:
         Operator(room, limit.banned, console, errors, log)
     threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(SWITCH_SECONDS)
-    new_codec = functools.partial(Codec, context) if context else None
-    status = Server(listener, room, console, errors, guests, discovery, new_codec).run()
+    new_client = functools.partial(TlsClient, context) if context else Client
+    status = Server(listener, room, console, errors, guests, discovery, new_client).run()
     deadline = Deadline(WRITER_SECONDS)
     for writer in (link, log, console, errors):  # in this order: the first ones may have something to say by the last
         if writer:
