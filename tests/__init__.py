@@ -17,7 +17,7 @@ import unittest
 from collections.abc import Iterator
 from typing import IO, Any
 
-AT_ONCE = (os.cpu_count() or 1) + 1
+AT_ONCE = 3 * (os.cpu_count() or 1)
 FINDINGS = "failures", "errors", "skipped", "expectedFailures", "unexpectedSuccesses", "collectedDurations"
 
 # The tests start programs as users do, who have no such variables: PYTHONUNBUFFERED would hide what nobody flushes.
