@@ -36,6 +36,7 @@ from tests.support import (
     ROOT,
     SECONDS,
     Background,
+    Overdue,
     Peer,
     Program,
     Server,
@@ -153,8 +154,10 @@ class Stranger:
 
 
 def received(connection: socket.socket, end: bytes) -> bytes:
-    data = b""
+    deadline, data = time.monotonic() + SECONDS, b""
     while end not in data:
+        if time.monotonic() > deadline:  # servers and NATS always say something
+            raise Overdue(data)
         more = connection.recv(65_536)
         if not more:
             raise AssertionError(data)
@@ -408,6 +411,7 @@ class Strangers(Nodes):
 
     def test_what_comes_late_of_our_own_is_of_no_other_of_our_name(self) -> None:
         self.stranger.sock.sendall(b"SUB mychat.main.oslo.> 1\r\n")
+        self.stranger.fence()
         self.bob.say("here I am")
         found = re.search(rb"\.oslo\.(\w+)\.1\.said", received(self.stranger.sock, b"here I am\n"))
         assert found
