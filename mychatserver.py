@@ -576,7 +576,7 @@ BUDGET_BYTES = 4_194_304  # what all together may say while somebody is a slow c
 TLS_BUDGET_BYTES = BUDGET_BYTES // 4  # as ciphertext is not shared; one client
 CLIENT_BUDGET_BYTES = 262_144  # this at most
 EPOCH_SECONDS = 60.0  # so long at most: whoever is a slow consumer then is evicted
-REPLY_BYTES = 65_536  # a client's command is answered when it has taken all but this of what it was given
+REPLY_BYTES = 65_536  # a client's command is answered, and private words reach it, if no more waits for it
 # Whose outbox is larger is evicted. Nobody's can be: when the first becomes a slow consumer, none has more than
 # HIGH_WATER_BYTES and a round; the queue has QUEUE_BYTES and a block; the budget is BUDGET_BYTES twice at most.
 MAX_OUTBOX_BYTES = 16_777_216
@@ -765,14 +765,18 @@ class Room:
             while not self._may_say(client, notice):
                 self._wait(client)
             found = self._clients.get(folded(target)) if isinstance(target, str) else target
-            if found and self._is_here(found):
+            if found and not self._is_here(found):
+                found = None
+            # Nobody shares these bytes: if the outboxes of all who do not read took them, memory would have no bound.
+            is_told = found and found.outbox_bytes <= REPLY_BYTES
+            if found and is_told:
                 found.heard_from = client
                 self._enqueue(Entry(notice, client, only=[found]))
-            else:
-                found = None
         self._broadcast()
-        if found:
+        if found and is_told:
             self.reply(client, f"* to {found.label}: {text}")
+        elif found:
+            self.reply(client, f"* {found.label} has much to read yet: say it again later")
         elif not isinstance(target, str):
             self.reply(client, "* who wrote to you has left")
         elif self._link and "@" in target:

@@ -383,6 +383,18 @@ class PatientServer(Room):
             peer.half_close()
         self.background.join()
 
+    def test_private_words_do_not_pile_up_for_who_does_not_read(self) -> None:
+        """Each of a thousand such clients would have a megabyte of its own; what all hear they share."""
+        ann, bob = self.peer(), self.peer(receive_buffer=8_192)
+        lines = numbered_lines(5_000)  # too little for a slow consumer
+        self.pour(ann, lines + f"/msg {bob.label} Hi!\n".encode())
+        ann.expect(f"* {bob.label} has much to read yet: say it again later")
+        bob.expect(*as_heard(ann.label, lines).splitlines())
+        ann.say(f"/msg {bob.label} Hi!")
+        ann.expect(f"* to {bob.label}: Hi!")
+        bob.expect(f"* {ann.label} to you: Hi!")
+        self.background.join()
+
     @once
     def test_long_lines_of_what_is_forbidden_from_a_hundred_at_once_wait(self) -> None:
         """Each becomes three times as long, 20 MB in all; the slow consumer loses none."""

@@ -476,6 +476,7 @@ NOTICES = (
     "* to bob: text",
     "* 06:23",
     "* nobody here is called 'bob'",
+    "* bob has much to read yet: say it again later",
     "* who wrote to you has left",
     "* private words stay on one server: 'ann@paris' is on another",
     "* link to the other servers lost",
