@@ -752,7 +752,8 @@ class Room:
                 del self._clients[folded(client.label)]
                 self._clients[folded(name)] = client
                 client.label = name
-                knowing = (client, self._console, self._log) if client in self._newcomers else ()
+                is_new = client in self._newcomers
+                knowing = (client, self._console, self._log, *self._later_than(client)) if is_new else ()
                 self._enqueue(Entry(notice, client, only=knowing))
         self._broadcast()
         if not is_free:
@@ -925,6 +926,8 @@ class Room:
             self._recover(client)
             self._say_to_log(client, client.end)
             if client in self._newcomers:
+                if knowing := self._later_than(client):
+                    self._enqueue(Entry(f"* {client.label} {client.end}\n".encode(), only=knowing))
                 del self._newcomers[client]
             elif self.announces and not self._closed:  # before anybody else can have its label
                 self._tell_of(client, client.end)
@@ -949,11 +952,16 @@ class Room:
             self._log.say(f"* {client.label} {what}")
 
     def _tell_of_newcomers(self, last: Client) -> None:
-        """Tell of those who have come, up to ``last``. Who came later knows of them: it was told who is here."""
+        """Tell of those who have come, up to ``last``."""
         while last in self._newcomers:
             client = next(iter(self._newcomers))
+            self._tell_of(client, "joined", self._later_than(client))
             del self._newcomers[client]
-            self._tell_of(client, "joined", itertools.islice(self._newcomers, WHO_SHOWN))
+
+    def _later_than(self, newcomer: Client) -> list[Client]:
+        """Return the next who came after it: they know of it, as they were told who is here."""
+        later = itertools.dropwhile(lambda client: client is not newcomer, self._newcomers)
+        return list(itertools.islice(later, 1, 1 + WHO_SHOWN))
 
     def _tell_of(self, client: Client, what: str, knowing: Iterable[Client] = ()) -> None:
         notice = f"* {client.label} {what}\n".encode()

@@ -13,7 +13,7 @@ import unicodedata
 from unittest import mock
 
 from mychatserver import COMMANDS, LINE_TOO_LONG, folded, name_problem, parse_args
-from tests.support import LONG, SERVER, Background, Peer, Server, SharedServerTestCase, TestCase, eventually
+from tests.support import LONG, SECONDS, SERVER, Background, Peer, Server, SharedServerTestCase, TestCase, eventually
 
 OTHER_HOST = "127.0.0.2"
 
@@ -409,6 +409,15 @@ class Announce(People):
         self.ann.expect(f"* {third.label} joined")
         third.say("/nick carol")
         self.ann.expect(f"* {third.label} is now carol")
+
+    def test_who_comes_meanwhile_and_is_told_who_is_here_is_told_of_a_new_name_and_of_leaving(self) -> None:
+        for said, told in ("/nick carol", "is now carol"), ("exit", "left"):
+            with Server("--announce", constants={"NAME_SECONDS": SECONDS}) as server, server.peer() as third:
+                third.expect(f"* 1 here: {third.label} (you)")
+                with server.peer() as fourth:
+                    fourth.expect(f"* 2 here: {third.label}, {fourth.label} (you)")
+                    third.say(said)
+                    fourth.expect(f"* {third.label} {told}")
 
     def test_who_leaves_before_the_others_are_told_of_it_is_not_told_of(self) -> None:
         third = self.peer()
