@@ -1164,9 +1164,8 @@ QUESTION = b"* password?\n"
 QUESTION_SECONDS = 2.0  # in which a server has asked that wants the password that is known
 ASKED_SECONDS = 0.1  # in which it has asked otherwise, and twice the time that connecting took
 ANSWER_SECONDS = 10.0  # in which it has taken or refused what it was given
-TRIES = 3  # for who types it: what the server allows
+TRIES = 3  # for a person: what the server allows
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")  # with which Windows' editors begin a file
-NOT_ASKED = "The server asked for no password."
 WRONG = "Wrong password: ask whoever runs the server for it, and try again."
 UNANSWERED = "A password is asked for: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
 ASKED_LATE = "the server asked for its password late; join again with --password, or --password-file FILE."
@@ -1177,8 +1176,8 @@ class Password:
 
     def __init__(self, known: bytes, is_typed: bool) -> None:
         self._known = known
-        self._can_ask = is_typed or (not known and os.isatty(0))  # a person, once: not in mid-chat
-        self._has_joined = False  # from then on the screen is the chat's
+        # That a person has. The server that we join again gets what the first one took: in mid-chat nobody is asked.
+        self._tries = TRIES if is_typed or (not known and os.isatty(0)) else 0
 
     def enter(self, connection: Connection, connecting_seconds: float) -> None:
         """Wait for the server to ask for the password, and give it; without a question, return.
@@ -1186,23 +1185,19 @@ class Password:
         Blocks for a person who has to type it. Raises EOFError at Ctrl-D, OSError or NotConnected.
         """
         beginning = connection.read_line(QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds)
-        if beginning == QUESTION:
-            tries = TRIES if self._can_ask else 1
-            while not self._is_right(connection):
-                tries -= 1
-                if not tries:
-                    raise NotConnected(WRONG)
-                warn("Wrong password, try again.")
-                self._known = b""
-        else:
+        if beginning != QUESTION:
             connection.put_back(beginning)
-            if self._known and not beginning.startswith(REFUSED) and not self._has_joined:
-                warn(NOT_ASKED)
-        self._can_ask, self._has_joined = False, True
+        while beginning == QUESTION and not self._is_right(connection):
+            self._tries -= 1
+            if self._tries <= 0:
+                raise NotConnected(WRONG)
+            warn("Wrong password, try again.")
+            self._known = b""
+        self._tries = 0
 
     def _is_right(self, connection: Connection) -> bool:
         """Give the password, which a person may have to type; return whether the server takes it."""
-        if not self._known and not self._can_ask:
+        if not self._known and not self._tries:
             raise NotConnected(UNANSWERED)
         self._known = self._known or password_typed()
         connection.send(self._known + b"\n")
