@@ -673,7 +673,7 @@ class Room:
         self._turn_is_awaited = False  # somebody waits for the turn, and will take what is enqueued until then
         self._waiting: dict[Speaker, threading.Condition] = {}  # handlers that wait to enqueue something
         self._clients: dict[str, Client] = {}  # by label, folded
-        self._newcomers: dict[Client, None] = {}  # of whom the others are not yet told, as they come
+        self._newcomers: set[Speaker] = set()  # of whom the others are not yet told, nor see them in lists
         self._limit = limit
         self._closed = False  # nobody says anything more, nobody comes in
         self._slow: set[Client] = set()  # the slow consumers; an epoch lasts from the first to the last of them
@@ -703,7 +703,7 @@ class Room:
                 self._clients[client.label] = client
                 self._say_to_log(client, f"joined from {client.address[0]}")
                 if self.announces:
-                    self._newcomers[client] = None
+                    self._newcomers.add(client)
             self._members.append(client)
             self._console.say(f"New connection from : {client.address}")
             if self._welcome:
@@ -717,7 +717,7 @@ class Room:
         """Tell the others that ``client`` has joined, by the name that it has by now, unless they have been told."""
         if client in self._newcomers:
             with self._queue_lock:
-                self._tell_of_newcomers(client)
+                self._introduce(client)
             self._broadcast()
 
     def leave(self, client: Client) -> None:
@@ -752,8 +752,7 @@ class Room:
                 del self._clients[folded(client.label)]
                 self._clients[folded(name)] = client
                 client.label = name
-                is_new = client in self._newcomers
-                knowing = (client, self._console, self._log, *self._later_than(client)) if is_new else ()
+                knowing = (client, self._console, self._log) if client in self._newcomers else ()
                 self._enqueue(Entry(notice, client, only=knowing))
         self._broadcast()
         if not is_free:
@@ -819,13 +818,15 @@ class Room:
             return client in self._slow
 
     def _who(self, client: Client) -> str:
-        """Return a notice that names the first who are here, in order of arrival, and ``client``."""
-        clients = (member for member in self._members.copy() if isinstance(member, Client))  # perhaps without the turn
+        """Return a notice that names the first who are here, in order of arrival, and ``client``; no other newcomer."""
+        unknown = self._newcomers - {client}
+        members = self._members.copy()  # perhaps without the turn
+        clients = (member for member in members if isinstance(member, Client) and member not in unknown)
         shown = list(itertools.islice(clients, WHO_SHOWN))
         if client not in shown:
             shown[WHO_SHOWN - 1 :] = [client]
         names = ", ".join(member.label + (" (you)" if member is client else "") for member in shown)
-        count = len(self._clients)
+        count = len(self._clients) - len(unknown)
         more = f", and {count - len(shown)} more" if count > len(shown) else ""
         return f"* {count} here: {names}{more}{self._link.elsewhere() if self._link else ''}"
 
@@ -926,9 +927,7 @@ class Room:
             self._recover(client)
             self._say_to_log(client, client.end)
             if client in self._newcomers:
-                if knowing := self._later_than(client):
-                    self._enqueue(Entry(f"* {client.label} {client.end}\n".encode(), only=knowing))
-                del self._newcomers[client]
+                self._newcomers.remove(client)
             elif self.announces and not self._closed:  # before anybody else can have its label
                 self._tell_of(client, client.end)
         client.heard_from = None  # or those who left would be kept in a chain
@@ -951,26 +950,19 @@ class Room:
         if self._log:
             self._log.say(f"* {client.label} {what}")
 
-    def _tell_of_newcomers(self, last: Client) -> None:
-        """Tell of those who have come, up to ``last``."""
-        while last in self._newcomers:
-            client = next(iter(self._newcomers))
-            self._tell_of(client, "joined", self._later_than(client))
-            del self._newcomers[client]
+    def _introduce(self, speaker: Speaker) -> None:
+        if speaker in self._newcomers:
+            self._newcomers.remove(speaker)
+            self._tell_of(speaker, "joined")
 
-    def _later_than(self, newcomer: Client) -> list[Client]:
-        """Return the next who came after it: they know of it, as they were told who is here."""
-        later = itertools.dropwhile(lambda client: client is not newcomer, self._newcomers)
-        return list(itertools.islice(later, 1, 1 + WHO_SHOWN))
-
-    def _tell_of(self, client: Client, what: str, knowing: Iterable[Client] = ()) -> None:
-        notice = f"* {client.label} {what}\n".encode()
-        self._enqueue(Entry(notice, without=[client, self._console, self._log, *knowing]))
+    def _tell_of(self, speaker: Speaker, what: str) -> None:
+        notice = f"* {speaker.label} {what}\n".encode()
+        self._enqueue(Entry(notice, without=[speaker, self._console, self._log]))
 
     def _enqueue(self, entry: Entry) -> None:
         assert self._queue_lock.locked()  # noqa: S101 - a precondition that runs
-        if isinstance(entry.speaker, Client) and not entry.only:
-            self._tell_of_newcomers(entry.speaker)
+        if entry.speaker and not entry.only:
+            self._introduce(entry.speaker)
         self._queue.append(entry)
         self._queue_bytes += len(entry.lines)
         if entry.speaker:

@@ -389,8 +389,10 @@ class Announce(People):
     def setUp(self) -> None:
         SharedServerTestCase.setUp(self)
         self.ann = self.peer()
-        self.ann.say("/who")  # is answered when all others have been told of ann: nobody yet
-        self.ann.expect(*[f"* 1 here: {self.ann.label} (you)"] * 2)
+        for _ in range(2):  # the second is answered when all others have been told of ann: nobody yet
+            self.ann.expect(f"* 1 here: {self.ann.label} (you)")
+            self.ann.say("/who")
+        self.ann.expect(f"* 1 here: {self.ann.label} (you)")
         self.bob = self.peer()
         first, second = self.ann.label, self.bob.label
         self.ann.expect(f"* {second} joined")
@@ -410,21 +412,25 @@ class Announce(People):
         third.say("/nick carol")
         self.ann.expect(f"* {third.label} is now carol")
 
-    def test_who_comes_meanwhile_and_is_told_who_is_here_is_told_of_a_new_name_and_of_leaving(self) -> None:
-        for said, told in ("/nick carol", "is now carol"), ("exit", "left"):
-            with Server("--announce", constants={"NAME_SECONDS": SECONDS}) as server, server.peer() as third:
-                third.expect(f"* 1 here: {third.label} (you)")
-                with server.peer() as fourth:
-                    fourth.expect(f"* 2 here: {third.label}, {fourth.label} (you)")
-                    third.say(said)
-                    fourth.expect(f"* {third.label} {told}")
-
     def test_who_leaves_before_the_others_are_told_of_it_is_not_told_of(self) -> None:
         third = self.peer()
         third.send("/nick carol\nexit\n")
         third.read_to_end()
         self.ann.say("/who")
         self.ann.expect(f"* 2 here: {self.ann.label} (you), {self.bob.label}")
+
+
+class Newcomers(TestCase):
+    def test_who_comes_meanwhile_hears_of_a_newcomer_when_all_do_and_by_its_name_then(self) -> None:
+        for said, told in ("/nick carol", "* carol joined"), ("exit", None):
+            with Server("--announce", constants={"NAME_SECONDS": SECONDS}) as server, server.peer() as ann:
+                ann.expect(f"* 1 here: {ann.label} (you)")
+                with server.peer() as bob:
+                    ann.say(said)
+                    server.expect(f"* {ann.label} is now carol" if told else "Connection closed")
+                    bob.expect(f"* 1 here: {bob.label} (you)", *([told] if told else []))
+                    bob.say("/x")
+                    bob.expect("* unknown command '/x': /help lists them, // sends a line that starts with /")
 
 
 class Welcome(TestCase):
