@@ -400,7 +400,8 @@ class Client:
                     return
                 head = head[: head.find(b"\n") + 1 or None]
                 head = head[:32] + head[32:][-32:]  # enough, however long the line
-            yield framer.feed(data)
+            for start in range(0, len(data), READ_BYTES):  # with TLS it may be more, with the rest of a record
+                yield framer.feed(data[start : start + READ_BYTES])
 
     def recv(self, size: int) -> bytes:
         """Wait for input and return it, of ``size`` bytes on the wire at most, empty at end-of-file.

@@ -45,6 +45,7 @@ from tests.support import (
     home_made_server,
     needs_command,
     numbered_lines,
+    unread,
 )
 
 MB = 1_000_000
@@ -168,10 +169,12 @@ class Secured(socket.socket):
     def sendall(self, data: bytes, flags: int = 0) -> None:  # type: ignore[override]  # of all buffers, bytes alone
         with self._sending:
             for start in range(0, len(data), 65_536):
-                with self._lock:
-                    self._tls.write(data[start : start + 65_536])
-                    output = self._output.read()
-                super().sendall(output)
+                super().sendall(self.encrypted(data[start : start + 65_536]))
+
+    def encrypted(self, data: bytes) -> bytes:
+        with self._lock:
+            self._tls.write(data)
+            return self._output.read()
 
     def shutdown(self, how: int) -> None:
         """End what is sent by TLS's own end; cut both directions off without one."""
@@ -555,6 +558,18 @@ class Records(TestCase):
         ):
             bob.send("x" * 300)
             ann.expect(f"{bob.label}:{'x' * 300}")
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: /proc tells of what is unread")
+    def test_a_line_too_long_is_none_though_more_is_decrypted_at_once_than_was_read(self) -> None:
+        with TlsServer() as server, server.peer() as ann, server.peer() as bob:
+            assert isinstance(bob.socket, Secured)
+            records = bob.socket.encrypted(b"fence\n" + b"x" * 70_000 + b"\n")
+            socket.socket.sendall(bob.socket, records[:16_000])  # less than the first record
+            eventually(lambda: not unread(server, bob))
+            socket.socket.sendall(bob.socket, records[16_000:])
+            bob.expect(mychatserver.LINE_TOO_LONG)
+            bob.say("fence")
+            ann.expect(*[f"{bob.label}:fence"] * 2)
 
 
 class Flow(TestCase):
