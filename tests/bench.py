@@ -23,6 +23,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -777,6 +778,8 @@ def linked(rival: Rival, clients: int, talkers: int, seconds: float) -> Figures:
 
     The pace rises until a line is lost; the last one without counts.
     """
+    if not (shutil.which("nats-server") and importlib.util.find_spec("nats")):
+        raise Failed("needs nats-server and the library nats-py")
     alone = pour(rival, clients, talkers, 500)["M/s"]
     added = [
         linked_talk(rival, count, talkers, 100, seconds)["p50 ms"] - talk(rival, count, talkers, 100, seconds)["p50 ms"]
