@@ -19,6 +19,7 @@ The threads, and who owns what
     server thread   accepts, starts the handlers, flushes outboxes, keeps the clock; owns the selector, closes sockets.
     handler         one a client: reads, cuts off whole lines, relays them.
     writers         one each for standard output, standard error and the log, however slow those are.
+    With ``--lan`` one answers who looks for a server: see Discovery.
     With ``--operator`` one more reads what is typed where the server runs: see The operator.
     With ``--nats`` three more threads join this room with those of other servers: see Other servers.
 
@@ -1175,7 +1176,6 @@ class Server:
         console: Writer,
         errors: Writer,
         guests: Guests,
-        discovery: Discovery | None = None,
         new_client: Callable[..., Client] = Client,
     ) -> None:
         self._room = room
@@ -1192,10 +1192,8 @@ class Server:
         self._clients: set[Client] = set()  # all with a handler, in the room or not
         self._flushing: set[Client] = set()  # those with an outbox: watched until they can take more
         self._selector = selectors.DefaultSelector()
-        self._listeners: dict[socket.socket, Callable[[], None]] = {listener: functools.partial(self._accept, listener)}
-        if discovery:
-            self._listeners[discovery] = functools.partial(self._on_datagram, discovery)
-        self._pausing: set[socket.socket] = set(self._listeners)  # those that are not watched now
+        self._listener = listener
+        self._is_accepting = False  # the listener is watched
         self._until_tick = Deadline(TICK_SECONDS)
         self._stopping = False
         self._problem = ""  # why nobody could be accepted, as said last
@@ -1223,7 +1221,7 @@ class Server:
 
     def _serve(self) -> None:
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._on_wake)
-        self._watch_listeners()
+        self._accept_more()
         while not self._stopping:
             self._pass(self._until_tick)
         self._stop()
@@ -1231,11 +1229,8 @@ class Server:
     def _stop(self) -> None:
         deadline = Deadline(STOP_SECONDS)
         # 1. Nobody new: the port is free.
-        for listener in self._listeners:
-            if listener not in self._pausing:
-                self._selector.unregister(listener)
-            listener.close()
-        self._pausing.clear()  # or a late call would have one watched again
+        self._pause()
+        self._listener.close()
         # 2. What was said is relayed, and nothing more is.
         self._room.close()
         # 3. Everyone gets end-of-file after what was queued; its handler leaves when the peer closes or says more.
@@ -1264,7 +1259,7 @@ class Server:
         for client in self._room.overdue():
             self._room.evict(client)
         self._refused_hosts.clear()
-        self._watch_listeners()
+        self._accept_more()
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # read empty
@@ -1274,30 +1269,27 @@ class Server:
         while self._calls:
             self._calls.popleft()()
 
-    def _watch_listeners(self) -> None:
-        while self._pausing:
-            listener = self._pausing.pop()
-            self._selector.register(listener, selectors.EVENT_READ, self._listeners[listener])
+    def _accept_more(self) -> None:
+        if not (self._is_accepting or self._stopping):
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self._is_accepting = True
 
-    def _pause(self, listener: socket.socket) -> None:
-        """Watch it no more until the next tick, or until fewer are crossing."""
-        self._selector.unregister(listener)
-        self._pausing.add(listener)
+    def _pause(self) -> None:
+        """Accept nobody until the next tick, or until fewer are crossing."""
+        if self._is_accepting:
+            self._selector.unregister(self._listener)
+            self._is_accepting = False
 
-    def _on_datagram(self, discovery: Discovery) -> None:
-        if not discovery.answer():
-            self._pause(discovery)
-
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self) -> None:
         if len(self._crossing) >= CROSSING_MAX:
-            self._pause(listener)
+            self._pause()
             return
         try:
-            sock, address = listener.accept()
+            sock, address = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):  # the peer left while it waited
             return
         except OSError as error:
-            self._cannot_accept(listener, error)
+            self._cannot_accept(error)
             return
         if not address:  # as macOS tells that it left
             sock.close()
@@ -1316,16 +1308,16 @@ class Server:
         except RuntimeError as error:  # no more threads
             self._crossing.remove(client)
             self._close(client)
-            self._cannot_accept(listener, error)
+            self._cannot_accept(error)
 
-    def _cannot_accept(self, listener: socket.socket, error: Exception) -> None:
+    def _cannot_accept(self, error: Exception) -> None:
         """Say once why nobody more can be accepted; try again at the next tick."""
         reason = getattr(error, "strerror", None) or str(error)
         if reason != self._problem:
             self._problem = reason
             count = len(self._clients)
             self._errors.say(f"{reason}, with {count} clients: nobody more can enter until some leave (ulimit -n).")
-        self._pause(listener)
+        self._pause()
 
     def _show_refused(self, address: tuple[str, int]) -> None:
         """Show who was turned away, one of a host between two ticks, so that a rude one does not fill the console."""
@@ -1433,8 +1425,8 @@ class Server:
     def _crossed(self, client: Client) -> None:
         """Note that ``client`` is at the door, in the room or gone; have more accepted if that had to wait."""
         self._crossing.discard(client)
-        if self._pausing and len(self._crossing) <= CROSSING_MAX // 2:
-            self._call_soon(self._watch_listeners)
+        if not self._is_accepting and len(self._crossing) <= CROSSING_MAX // 2:
+            self._call_soon(self._accept_more)
 
     # Called from any thread
 
@@ -1522,17 +1514,20 @@ class Discovery(socket.socket):
         # So that a second server on this machine hears the questions too.
         shared = getattr(socket, "SO_REUSEPORT" if sys.platform == "darwin" else "SO_REUSEADDR")
         self.setsockopt(socket.SOL_SOCKET, shared, 1)
-        self.setblocking(False)
         self.bind(("", DISCOVERY_PORT))
         name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
         self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
         # Of the last second: which it was, how much was read in it, and the answers to each host.
         self._second, self._count, self._answers = 0, 0, collections.Counter[str]()
 
-    # Runs in the server thread
+    def run(self) -> None:
+        """Answer for as long as the process lives."""
+        while True:
+            if not self.answer():
+                time.sleep(1)
 
     def answer(self) -> bool:
-        """Read one datagram, and answer it if it is a question; return whether to go on. Never blocks."""
+        """Wait for a datagram, and answer it if it is a question; return whether to go on in this second."""
         if self._second != (second := int(time.monotonic())):
             self._second, self._count, self._answers = second, 0, collections.Counter()
         self._count += 1
@@ -2553,14 +2548,16 @@ def serve(options: argparse.Namespace) -> int:
         options.welcome,
     )
     link = Link(room, console, errors, options) if options.nats else None
-    discovery = None
+    is_found = False
     if options.lan:
         try:
             discovery = Discovery(listener.getsockname()[1])
+            threading.Thread(target=discovery.run, name="discovery", daemon=True).start()
+            is_found = True
         except OSError as error:
             problem = f"UDP port {DISCOVERY_PORT}: {error.strerror}; others join by address."
             errors.say(f"--lan finds no server here: {problem}")
-    say_where(console, errors, listener, guests, options.lan, discovery is not None)
+    say_where(console, errors, listener, guests, options.lan, is_found)
     if link:
         link.start()
     if limit and options.operator:
@@ -2568,7 +2565,7 @@ def serve(options: argparse.Namespace) -> int:
     threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(SWITCH_SECONDS)
     new_client = functools.partial(TlsClient, context) if context else Client
-    status = Server(listener, room, console, errors, guests, discovery, new_client).run()
+    status = Server(listener, room, console, errors, guests, new_client).run()
     deadline = Deadline(WRITER_SECONDS)
     for writer in (link, log, console, errors):  # in this order: the first ones may have something to say by the last
         if writer:

@@ -456,6 +456,7 @@ class Questions(TestCase):
                 asking.send(b"rubbish")
                 self.assertEqual(answering.answer(), number < mychatserver.DATAGRAMS_A_SECOND)
             clock.return_value = 101.0
+            asking.send(b"rubbish")
             self.assertTrue(answering.answer())
 
     def test_an_asker_that_has_gone_does_no_harm(self) -> None:
