@@ -413,11 +413,6 @@ if sys.platform != "win32":
             finally:
                 self.is_busy = False
 
-        def _write(self, data: bytes) -> None:
-            was_busy, self.is_busy = self.is_busy, True
-            super()._write(data)
-            self.is_busy = was_busy
-
         # Runs in the main thread, in a handler of signals
 
         def draw(self) -> None:
