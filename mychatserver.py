@@ -275,7 +275,7 @@ class Client:
         self.address = address
         self._sock = sock
         self._on_change = on_change
-        # Only the handler sets what follows.
+        # Only the handler sets what follows, and who evicts it from the door.
         self.deadline: Deadline | None = None  # for what it must send before it may enter
         self.read_bytes = READ_BYTES  # at once
         # Guards what follows, and the socket but for reading: nobody uses it once it is closed. Innermost lock.
@@ -418,10 +418,11 @@ class Client:
 
     def pause(self, seconds: float) -> None:
         """Wait so long. Raises Quit as soon as the connection is given up or reset, whatever is unread."""
-        if sys.platform == "win32":  # which has no poll: a thread stays so long
+        poll = getattr(select, "poll", None)
+        if not poll:  # as on Windows: the thread stays so long
             time.sleep(seconds)
         else:
-            waiting = select.poll()
+            waiting = poll()
             waiting.register(self._sock, 0)  # for its end alone
             if waiting.poll(seconds * 1_000):
                 raise Quit
