@@ -263,8 +263,8 @@ class Screen:
             self.say(text)
 
     def notice(self, text: str) -> None:
-        """Show a notice of our own as if it came from the server."""
-        self._write(self.style.rows(f"{text}\n".encode()))
+        """Show a notice of our own as if it came from the server: what it quotes of a typed line is cleaned, too."""
+        self._write(self.style.rows(clean(f"{text}\n".encode("utf-8", "replace"))))
 
     def line(self, unsent: str) -> str:
         """Return the next line entered; it may begin with ``unsent``. Blocks; raises EOFError at Ctrl-D."""
@@ -743,7 +743,10 @@ def is_ready(sock: socket.socket, event: int, seconds: float | None) -> bool:
     """Wait until a socket is ready to be read or written, so many seconds at most; return whether it is."""
     # Not select(), which ends at descriptor 1023, nor DefaultSelector, which takes a descriptor for each wait.
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        selector.register(sock, event)
+        try:
+            selector.register(sock, event)
+        except ValueError:  # another thread has just closed it: who uses it is told so at once
+            return True
         return bool(selector.select(seconds))
 
 

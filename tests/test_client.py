@@ -909,6 +909,15 @@ class Connecting(TestCase):
             with mock.patch("socket.getaddrinfo", resolve), mychatclient.connect("chat.example", server.port) as sock:
                 self.assertEqual(sock.getpeername()[0], LOOPBACK)
 
+    def test_what_has_been_closed_meanwhile_is_lost_like_any_other(self) -> None:
+        """As when a client with --ssh leaves in mid-flood: its receive thread is between two waits."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            connection = mychatclient.Connection(ours, is_direct=False)
+            connection.close()
+            with self.assertRaises(OSError):
+                connection.receive(SECONDS)
+
     def test_every_kind_of_trouble_is_one_sentence(self) -> None:
         for error, sentence in (
             (ConnectionRefusedError(111, "Connection refused"), "No server at host port 1: start mychatserver.py"),

@@ -224,6 +224,13 @@ class Typing(WithoutReadline, test_terminal.Typing):
                     self.assertEqual(client.heard(), expected)
                     client.wait_for(" Hi!\n")
 
+    def test_a_stray_byte_in_who_is_to_be_ignored(self) -> None:
+        """It is quoted as what takes its place, and the chat goes on."""
+        with Judged(10, "--no-color") as client:
+            client.type(b"/ignore b\xe4\rHi!\r")
+            self.assertEqual(client.heard(), "Hi!")
+            client.wait_for("* ignored: b?\nHi!\n")
+
     # Where they agree no further, nothing is listed.
     test_however_many_labels_fit_they_are_listed_without_a_question = None  # type: ignore[assignment]
 
