@@ -789,7 +789,7 @@ CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds
     (NotConnected, "{error}"),
     (
         (socket.gaierror, UnicodeError),
-        "Unknown host {host!r}: check the spelling; a port comes after it, with a blank between.",
+        "Unknown host {host!r}: check the spelling; a port comes after it: HOST PORT.",
     ),
     (
         ConnectionRefusedError,

@@ -1686,8 +1686,12 @@ class Pace:
 
 
 def network(text: str) -> Network:
-    """Return ``text`` as a network; raise ValueError, of which argparse makes a usage error."""
-    return ipaddress.ip_network(text, strict=False)
+    """Return ``text`` as a network; raise what argparse turns into a usage error."""
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        problem = f"{text!r} is not a network: 192.168.1.0/24, 2001:db8::/32, 10.0.0.7"
+        raise argparse.ArgumentTypeError(problem) from None
 
 
 @contextlib.contextmanager
