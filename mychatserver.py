@@ -650,8 +650,8 @@ class Room:
     def __init__(
         self,
         console: Writer,
+        limit: Limit,
         log: Writer | None = None,
-        limit: Limit | None = None,
         quiet: bool = False,
         announce: bool = False,
         history: History | None = None,
@@ -700,8 +700,7 @@ class Room:
             with self._queue_lock:
                 if self._closed:
                     raise Refused("server stopping")
-                if self._limit:
-                    self._limit.acquire(client)
+                self._limit.acquire(client)
                 client.label = self._free_label(client.address[1])
                 self._clients[client.label] = client
                 self._say_to_log(client, f"joined from {client.address[0]}")
@@ -925,8 +924,7 @@ class Room:
             if not self._is_here(client):
                 return
             del self._clients[folded(client.label)]
-            if self._limit:
-                self._limit.release(client)
+            self._limit.release(client)
             self._recover(client)
             self._say_to_log(client, client.end)
             if client in self._newcomers:
@@ -1558,8 +1556,8 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 def host_key(address: tuple[str, int]) -> str:
     """Return what stands for the host of an address: with IPv6 its /64, in which one host can take any address."""
-    network = ipaddress.ip_interface(f"{address[0].partition('%')[0]}{'/64' if ':' in address[0] else ''}").network
-    return str(network).removesuffix("/32")
+    host = address[0].partition("%")[0]
+    return str(ipaddress.ip_interface(f"{host}/64").network) if ":" in host else host
 
 
 class Limit:
@@ -2540,12 +2538,11 @@ def serve(options: argparse.Namespace) -> int:
     listener = open_listener(options.host, options.port)
     console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
     log = Writer("log", write_to_log(options.log, errors), "not written") if options.log is not None else None
-    has_limit = options.max_clients or options.max_per_host or options.operator
-    limit = Limit(options.max_clients, options.max_per_host) if has_limit else None
+    limit = Limit(options.max_clients, options.max_per_host)
     room = Room(
         console,
-        log,
         limit,
+        log,
         options.quiet,
         options.announce,
         History(options.history) if options.history else None,
@@ -2565,7 +2562,7 @@ def serve(options: argparse.Namespace) -> int:
     say_where(console, errors, listener, guests, options.lan, is_found)
     if link:
         link.start()
-    if limit and options.operator:
+    if options.operator:
         Operator(room, limit.banned, console, errors, log)
     threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -759,7 +759,7 @@ def new_framer() -> mychatserver.Framer:
 
 
 def new_room(console: Console) -> mychatserver.Room:
-    return mychatserver.Room(cast(Any, console))
+    return mychatserver.Room(cast(Any, console), mychatserver.Limit(None, None))
 
 
 def new_client(port: int = 1) -> tuple[mychatserver.Client, socket.socket]:
