@@ -715,11 +715,12 @@ class Room:
             if self._history:
                 client.give(self._history.replay())
 
-    def introduce(self, client: Client) -> None:
-        """Tell the others that ``client`` has joined, by the name that it has by now, unless they have been told."""
-        if client in self._newcomers:
+    def introduce(self, speaker: Speaker) -> None:
+        """Tell the others that a newcomer has joined, by the name that it has by now, unless they have been told."""
+        if speaker in self._newcomers:
             with self._queue_lock:
-                self._introduce(client)
+                self._newcomers.discard(speaker)  # it is out already if the server has just stopped
+                self._tell_of(speaker, "joined")
             self._broadcast()
 
     def leave(self, client: Client) -> None:
@@ -735,6 +736,8 @@ class Room:
 
     def relay(self, speaker: Speaker, lines: bytes) -> None:
         """Give ``lines`` to all other members, in portions that let others have their say."""
+        if lines:
+            self.introduce(speaker)
         while lines:
             with self._queue_lock:
                 while not (portion := self._portion(speaker, lines)):
@@ -951,19 +954,12 @@ class Room:
         if self._log:
             self._log.say(f"* {client.label} {what}")
 
-    def _introduce(self, speaker: Speaker) -> None:
-        if speaker in self._newcomers:
-            self._newcomers.remove(speaker)
-            self._tell_of(speaker, "joined")
-
     def _tell_of(self, speaker: Speaker, what: str) -> None:
         notice = f"* {speaker.label} {what}\n".encode()
         self._enqueue(Entry(notice, without=[speaker, self._console, self._log]))
 
     def _enqueue(self, entry: Entry) -> None:
         assert self._queue_lock.locked()  # noqa: S101 - a precondition that runs
-        if entry.speaker and not entry.only:
-            self._introduce(entry.speaker)
         self._queue.append(entry)
         self._queue_bytes += len(entry.lines)
         if entry.speaker:
