@@ -520,6 +520,7 @@ class PromptToolkitEditor(Screen):
         output: Any = self._app.output
         output.enable_bracketed_paste = lambda: None  # so that a newline in what is pasted is Enter
         self._block = b""  # to be shown: the receive thread leaves the next one when this one was shown
+        self._shown = threading.Event()
         # Set by the main thread, on Windows the second one by the receive thread.
         self._is_editing = False  # it is in the loop, which would swallow what is raised there
         self._is_over = False  # so the loop is to raise
@@ -536,12 +537,14 @@ class PromptToolkitEditor(Screen):
     # Runs in the receive thread
 
     def show(self, block: bytes) -> None:
+        self._shown.clear()
         self._block = block
         self._have_loop_catch_up()
         while self._block:
-            if self._lock.acquire(timeout=INTERRUPT_SECONDS):
+            if self._lock.acquire(blocking=False):
                 self._catch_up()
                 self._lock.release()
+            self._shown.wait(INTERRUPT_SECONDS)
 
     def wake(self) -> bool:
         if sys.platform != "win32":
@@ -576,6 +579,7 @@ class PromptToolkitEditor(Screen):
                 self._app.invalidate()
             self._write(self.style.rows(self._block))
             self._block = b""
+            self._shown.set()
         if self._is_over and self._app.is_running and not self._app.is_done:
             block_signals()  # until what it raises is caught
             self._app.erase_when_done = not self._session.default_buffer.text  # or an empty row would stay

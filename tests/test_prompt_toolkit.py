@@ -231,6 +231,15 @@ class Typing(WithoutReadline, test_terminal.Typing):
             self.assertEqual(client.heard(), "Hi!")
             client.wait_for("* ignored: b?\nHi!\n")
 
+    def test_what_comes_is_shown_at_once_however_much_has_come_before(self) -> None:
+        """What the receive thread does now and then it need not do: with TLS each line may come by itself."""
+        with Judged(10, "--no-color", constants={"INTERRUPT_SECONDS": 2 * SECONDS}) as client:
+            client.type("half a li")
+            client.settle()
+            for number in range(3):
+                client.say([f"54358:{number}"])
+                client.wait_for(f"54358:{number}\nhalf a li")
+
     # Where they agree no further, nothing is listed.
     test_however_many_labels_fit_they_are_listed_without_a_question = None  # type: ignore[assignment]
 
