@@ -941,13 +941,14 @@ class Connections:
                 return
             except Lost:
                 doubtful = self.current.doubtful_lines()
+                if self.connect_again:
+                    self.current.close()  # before a word of it, or a line entered just after would be lost
                 if doubtful:
                     lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
                     yield f"* {lines} perhaps not delivered\n".encode()
                 if not self.connect_again:
                     raise
                 yield b"* connection lost, trying again\n"
-                self.current.close()  # so that nothing is sent
                 while not self._has_reconnected(self.connect_again):
                     yield b""
                 yield b"* connected again\n"
