@@ -519,6 +519,10 @@ class Terminal:
     def set_attributes(self, attributes: list[Any]) -> None:
         termios.tcsetattr(self._slave, termios.TCSANOW, attributes)
 
+    def hold(self, held: bool) -> None:
+        """Stop what is shown, as Ctrl-S does, but before this returns; or let it go on."""
+        termios.tcflow(self._slave, termios.TCOOFF if held else termios.TCOON)
+
     def left_to_read(self) -> bytes:
         """Return what a shell would find typed ahead."""
         mode = termios.tcgetattr(self._slave)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ from tests.support import (
     LONG,
     LOOPBACK,
     PYTHON,
+    SECONDS,
     Peer,
     Program,
     Server,
@@ -99,6 +101,25 @@ class Reconnecting(TestCase):
         with server.peer() as ann:
             client.type("\x1b[A\r")
             self.assertRegex(ann.line(), rb"^\d+:lost words$")
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux: only there /proc tells what a thread waits for")
+    def test_a_line_entered_before_the_loss_is_shown_is_not_sent_either(self) -> None:
+        """As while Ctrl-S holds the screen: a server that stops takes it, and throws it away."""
+        with socket.create_server((LOOPBACK, self.port)) as listener:
+            listener.settimeout(SECONDS)
+            client = self.client("--plain")
+            connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(SECONDS)
+            client.hold(True)
+            connection.shutdown(socket.SHUT_WR)
+            threads = pathlib.Path(f"/proc/{client.process.pid}/task")
+            # One waits to read from the terminal, the other to write there.
+            eventually(lambda: [path.read_text() for path in threads.glob("*/wchan")] == ["wait_woken"] * 2)
+            client.type("lost words\r")
+            self.assertEqual(connection.recv(100), b"")
+            client.hold(False)
+            client.wait_for("\n* not connected: this line was not sent\n", within=True)
 
     def test_ctrl_c_and_exit_while_there_is_no_connection(self) -> None:
         for typed, status in (("\x03", 130), ("exit\r", 0), ("\x04", 0), ("half\x03", 130)):
