@@ -940,15 +940,16 @@ class Connections:
             except self.expected:
                 return
             except Lost:
-                doubtful = self.current.doubtful_lines()
+                doubtful, told = self.current.doubtful_lines(), b""
                 if self.connect_again:
                     self.current.close()  # before a word of it, or a line entered just after would be lost
                 if doubtful:
                     lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
-                    yield f"* {lines} perhaps not delivered\n".encode()
+                    told = f"* {lines} perhaps not delivered\n".encode()
                 if not self.connect_again:
+                    yield told
                     raise
-                yield b"* connection lost, trying again\n"
+                yield told + b"* connection lost, trying again\n"
                 while not self._has_reconnected(self.connect_again):
                     yield b""
                 yield b"* connected again\n"
