@@ -956,7 +956,7 @@ class Connections:
 
     def _has_reconnected(self, connect_again: Callable[[], Connection]) -> bool:
         """Try to connect after a pause; return whether that has worked. Raises NotConnected if it never will."""
-        time.sleep(RECONNECT_SECONDS)
+        time.sleep(RECONNECT_SECONDS)  # nothing tells when a server is there again
         try:
             connection = connect_again()
             beginning = connection.peek(ADMITTED_SECONDS)
@@ -1101,7 +1101,7 @@ class Conversation:
             seconds = LEAVE_SECONDS if unsent == 0 else LEAVE_UNSENT_SECONDS  # lost packets may hold all up for some
             if not is_patient and time.monotonic() - moved > seconds:
                 return
-            time.sleep(INTERRUPT_SECONDS)
+            time.sleep(INTERRUPT_SECONDS)  # nothing tells when what was sent has moved on
 
     def _on_signal(self, number: int, _: object) -> None:
         """Note a signal that ends the program; draw what waits to be drawn; when all is over, raise Interrupted.

@@ -435,6 +435,18 @@ class SharedServerTestCase(TestCase):
         self.addCleanup(peer.close)
         return peer
 
+    def two_announced(self) -> tuple[Peer, Peer]:
+        """Return two peers of a server with ``--announce``, of whom all that is told has been heard."""
+        ann = self.peer()
+        for _ in range(2):  # the second is answered when all others have been told of ann: nobody yet
+            ann.expect(f"* 1 here: {ann.label} (you)")
+            ann.say("/who")
+        ann.expect(f"* 1 here: {ann.label} (you)")
+        bob = self.peer()
+        ann.expect(f"* {bob.label} joined")
+        bob.expect(f"* 2 here: {ann.label}, {bob.label} (you)")
+        return ann, bob
+
 
 def unread(server: Server, peer: Peer) -> int:
     """Return the bytes that ``peer`` has sent and the server has not read, as Linux tells of an IPv4 connection."""

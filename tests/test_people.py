@@ -388,15 +388,7 @@ class Announce(People):
 
     def setUp(self) -> None:
         SharedServerTestCase.setUp(self)
-        self.ann = self.peer()
-        for _ in range(2):  # the second is answered when all others have been told of ann: nobody yet
-            self.ann.expect(f"* 1 here: {self.ann.label} (you)")
-            self.ann.say("/who")
-        self.ann.expect(f"* 1 here: {self.ann.label} (you)")
-        self.bob = self.peer()
-        first, second = self.ann.label, self.bob.label
-        self.ann.expect(f"* {second} joined")
-        self.bob.expect(f"* 2 here: {first}, {second} (you)")
+        self.ann, self.bob = self.two_announced()
 
     def test_comings_and_goings_are_told_to_the_others(self) -> None:
         third = self.peer()

@@ -428,14 +428,7 @@ class Announced(OnAServer):
 
     def setUp(self) -> None:
         SharedServerTestCase.setUp(self)
-        self.ann = self.peer()
-        for _ in range(2):  # the second is answered when all others have been told of ann: nobody yet
-            self.ann.expect(f"* 1 here: {self.ann.label} (you)")
-            self.ann.say("/who")
-        self.ann.expect(f"* 1 here: {self.ann.label} (you)")
-        self.bob = self.peer()
-        self.ann.expect(f"* {self.bob.label} joined")
-        self.bob.expect(f"* 2 here: {self.ann.label}, {self.bob.label} (you)")
+        self.ann, self.bob = self.two_announced()
         self.addCleanup(self.leave)
 
     def leave(self) -> None:
