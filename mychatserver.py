@@ -92,8 +92,9 @@ TELNET = re.compile(rb"\xff(?:[\xfb-\xfe][\x00-\x09\x0b-\x7f]|[\xf0-\xfa])")
 # Controls but tab and newline (C0, DEL, C1), line and paragraph separator, and what overrides the order of writing.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 COMMAND = re.compile(rb"/[A-Za-z][^ \t/]*(?![^ \t])")  # the first word of a line
-# A line that may be blank, a command or "exit": then each is looked at. A search is ten times faster when its first
-# character is a plain one: hence the newline, not "^".
+# A search is ten times faster when its first character is a plain one: hence the newline, not "^".
+BLANK_LINES = re.compile(rb"\n(?:[\t ]*\n)+")
+# A line that may be blank, a command or "exit": then each is looked at.
 UNUSUAL = re.compile(rb"\n(?=[\t \n/eE])(?:[\t \n/]|[eE][xX][iI][tT])")
 
 
@@ -184,7 +185,7 @@ def parse(block: bytes) -> Iterator[tuple[bytes, str]]:
     while block:
         some = front(block, PARSED_BYTES)
         block = block[len(some) :]
-        some = clean(corrected(some))
+        some = BLANK_LINES.sub(b"\n", b"\n" + clean(corrected(some)))[1:]
         if not UNUSUAL.search(b"\n" + some):
             yield some, ""
             continue
@@ -197,7 +198,7 @@ def parse(block: bytes) -> Iterator[tuple[bytes, str]]:
             elif text[:4].lower() == b"exit" and not text[4:].strip(BLANKS):
                 yield bytes(lines), "/quit"
                 return
-            elif text:
+            else:
                 is_escaped = text.startswith(b"//") and COMMAND.match(text, 1)
                 lines += (line.replace(b"/", b"", 1) if is_escaped else line) + b"\n"
         yield bytes(lines), ""
@@ -1129,36 +1130,47 @@ STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
 TICK_SECONDS = 1.0  # between two looks at what only time can tell
 STOP_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
 FREE_SECONDS_A_READ, FREE_SECONDS_A_BYTE = 100e-6, 10e-9  # of a processor: twice what honest text takes, or more
-WORK_PRICE = 20.0  # seconds that a handler pauses for each second of more work than that,
-PAUSE_SECONDS = 0.25  # but no longer at once; one who has typed waits as long at most
-WORK_CREDIT_SECONDS = 0.02  # that reading plain text saves at most; Windows' clock of work ticks in almost as much
+WORK_SHARE = 0.03  # of a processor, for what more a handler works than that,
+WORK_CREDIT_SECONDS = 0.02  # and this at once; Windows' clock of work ticks in almost as much
 
 
-class Work:
-    """What a handler's own work costs it, as a bucket of processor time: nobody's work is free.
+class Bucket:
+    """A token bucket: what is taken out of it comes back at a steady pace, and who takes more waits for it."""
+
+    def __init__(self, a_second: float, most: float) -> None:
+        self._a_second, self._most = a_second, most
+        self._level, self._since = most, time.monotonic()
+
+    def take(self, amount: float) -> None:
+        """Take out so much; block until what the bucket did not hold has come in."""
+        now = time.monotonic()
+        self._level = min(self._most, self._level + (now - self._since) * self._a_second) - amount
+        self._since = now
+        if self._level < 0:
+            time.sleep(-self._level / self._a_second)
+
+
+class Work(Bucket):
+    """What a handler's own work costs it, in seconds of a processor: nobody's work is free.
 
     One thread at a time runs Python, so whatever a peer can have its handler do holds up all others: lines of blanks,
     commands, characters to be replaced, TLS records of a byte. What takes more than plain text is paid for by a pause.
     """
 
     def __init__(self) -> None:
-        self._credit = 0.0
-        self._since = time.thread_time()
+        super().__init__(WORK_SHARE, WORK_CREDIT_SECONDS)
+        self._worked = time.thread_time()  # when it was last paid for
 
     def pay(self, free_seconds: float = 0.0) -> None:
-        """Pause for what the calling thread has worked since the last call, but for so many seconds."""
-        worked = time.thread_time() - self._since
-        self._credit = min(WORK_CREDIT_SECONDS, self._credit + free_seconds - worked)
-        if self._credit < 0:
-            time.sleep(min(PAUSE_SECONDS, -self._credit * WORK_PRICE))  # the price: others run meanwhile
-            self._credit = 0.0
-        self._since = time.thread_time()
+        """Pay for what the calling thread has worked since the last call, but for so many seconds. Blocks."""
+        self.take(time.thread_time() - self._worked - free_seconds)
+        self._worked = time.thread_time()
 
     def not_for(self, call: Callable[..., object], *arguments: object) -> None:
         """Call what is work for others."""
         started = time.thread_time()
         call(*arguments)
-        self._since += time.thread_time() - started
+        self._worked += time.thread_time() - started
 
 
 class Server:
@@ -1368,7 +1380,8 @@ class Server:
                 self._guests.leave_door(client)
                 self._room.join(client)
             self._crossed(client)
-            pace, work = Pace(self._guests.rate) if self._guests.rate else None, Work()
+            work, rate = Work(), self._guests.rate
+            pace = Bucket(rate, rate * BURST_SECONDS) if rate else None
             if self._room.announces and not gate and not ready(client, selectors.EVENT_READ, NAME_SECONDS):
                 self._room.introduce(client)
             for block, too_long in client.blocks():
@@ -1382,8 +1395,10 @@ class Server:
                     self._room.join(client)
                     gate, block, too_long = None, rest, False
                 for part in re.findall(rb"[^\n]*\n", block) if pace else (block,):
-                    if pace and not pace.wait(client):
-                        return
+                    if pace:
+                        pace.take(1)
+                        if client.gone:
+                            return
                     self._hear(client, part, work)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
@@ -1661,22 +1676,6 @@ class Gate:
                 raise Refused("wrong password")
             self._client.say("* wrong password")
         return None
-
-
-class Pace:
-    """Holds one client to ``rate`` lines a second, those of BURST_SECONDS at once."""
-
-    def __init__(self, rate: int) -> None:
-        self._seconds = 1 / rate  # of each line
-        self._due = time.monotonic() - BURST_SECONDS  # when what was said so far would have been said at this rate
-
-    def wait(self, client: Client) -> bool:
-        """Block until a line may be said; return whether ``client`` is still there."""
-        now = time.monotonic()
-        self._due = max(self._due, now - BURST_SECONDS) + self._seconds
-        if self._due > now and not client.gone:
-            time.sleep(self._due - now)
-        return not client.gone
 
 
 def network(text: str) -> Network:

@@ -198,7 +198,7 @@ class Names(People):
 
 
 class Who(People):
-    constants = {"FLOOR_SECONDS": 2, "STALL_SECONDS": 4, "WORK_PRICE": 0}  # or asking so much would take minutes
+    constants = {"FLOOR_SECONDS": 2, "STALL_SECONDS": 4, "WORK_SHARE": 1e9}  # or asking so much would take minutes
 
     def test_who_is_here_in_order_of_arrival(self) -> None:
         self.name(self.bob, "bob")
