@@ -25,7 +25,7 @@ The threads, and who owns what
 
 The way of a line
     Server._handle reads a block: Client.blocks, Client.recv, Framer.feed. parse finds its lines, Room.relay enqueues
-    them, Room._give_rounds gives them to every member, Client.give sends.
+    them, Room._broadcast gives them to every member, Client.give sends.
     Handlers read blocks of lines, not lines. One handler at a time broadcasts: it takes what the others have enqueued,
     joins it, and gives each member one piece, everything but its own lines. One more waits for its turn, to take what
     is enqueued meanwhile; the rest enqueue their block and go back to reading. So all members see one order, a round
@@ -280,7 +280,7 @@ class Client:
         self.deadline: Deadline | None = None  # for what it must send before it may enter
         self.read_bytes = READ_BYTES  # at once
         # Guards what follows, and the socket but for reading: nobody uses it once it is closed. Innermost lock.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._outbox: collections.deque[memoryview] = collections.deque()
         self.outbox_bytes = 0  # others read this, and the next two, without the lock
         self.gone = False  # nothing more is taken for it: it leaves, is evicted, or a send has found the peer gone
@@ -297,10 +297,18 @@ class Client:
     # Called from any thread
 
     def give(self, pieces: Sequence[memoryview]) -> int:
-        """Send pieces, or put into the outbox what the socket does not take; return the bytes in the outbox."""
+        """Send pieces; what the socket does not take goes into the outbox; return how many bytes are in it then."""
         with self._lock:
-            if pieces and not self.gone:
-                self._put(pieces)
+            was_empty, size = not self._outbox, sum(map(len, pieces))
+            sent = self._send(pieces) if was_empty and size and not self.gone else 0
+            if sent < size and not self.gone:
+                if not was_empty and size < SMALL_BYTES > len(self._outbox[-1]):
+                    pieces = [memoryview(b"".join((self._outbox.pop(), *pieces)))]
+                self._outbox.extend(pieces)
+                self.outbox_bytes += size
+                self._advance(sent)
+                if was_empty:
+                    self._on_change(self)  # the server thread is to flush it
             return self.outbox_bytes
 
     def say(self, notice: str) -> int:
@@ -417,17 +425,6 @@ class Client:
                 pass
         return self._sock.recv(size)
 
-    def pause(self, seconds: float) -> None:
-        """Wait so long. Raises Quit as soon as the connection is given up or reset, whatever is unread."""
-        poll = getattr(select, "poll", None)
-        if not poll:  # as on Windows: the thread stays so long
-            time.sleep(seconds)
-        else:
-            waiting = poll()
-            waiting.register(self._sock, 0)  # for its end alone
-            if waiting.poll(seconds * 1_000):
-                raise Quit
-
     def drain(self) -> None:
         """Send the outbox and end-of-file, and let the peer close first: its input, unread, would reset both.
 
@@ -443,21 +440,6 @@ class Client:
                     return
 
     # Call with the lock held
-
-    def _put(self, pieces: Sequence[memoryview]) -> None:
-        """Send pieces; what the socket does not take goes into the outbox, for the server thread to flush."""
-        assert self._lock.locked()  # noqa: S101 - a precondition that runs
-        was_empty, size = not self._outbox, sum(map(len, pieces))
-        sent = self._send(pieces) if was_empty and size else 0
-        if sent == size or self.gone:
-            return
-        if not was_empty and size < SMALL_BYTES > len(self._outbox[-1]):
-            pieces = [memoryview(b"".join((self._outbox.pop(), *pieces)))]
-        self._outbox.extend(pieces)
-        self.outbox_bytes += size
-        self._advance(sent)
-        if was_empty:
-            self._on_change(self)
 
     def _send(self, pieces: Sequence[memoryview]) -> int:
         """Send pieces; return how many bytes the socket took. Give up when the peer is gone."""
@@ -581,9 +563,8 @@ TLS_BUDGET_BYTES = BUDGET_BYTES // 4  # as ciphertext is not shared; one client
 CLIENT_BUDGET_BYTES = 262_144  # this at most
 EPOCH_SECONDS = 60.0  # so long at most: whoever is a slow consumer then is evicted
 REPLY_BYTES = 65_536  # a client's command is answered, and private words reach it, if no more waits for it
-# Whose outbox is larger is evicted. Nobody's can be: when the first becomes a slow consumer, none has more than
-# HIGH_WATER_BYTES and a round; the queue has QUEUE_BYTES and a block; the budget is BUDGET_BYTES twice at most.
-MAX_OUTBOX_BYTES = 16_777_216
+# So no outbox is larger than HIGH_WATER_BYTES and a round, as it may be when the first becomes a slow consumer, with
+# QUEUE_BYTES and a block from the queue, and the budget of an epoch and of the next.
 WHO_SHOWN = 50  # labels in one answer to /who
 
 
@@ -847,9 +828,8 @@ class Room:
         """Let nobody in and nothing be said any more; relay what is enqueued."""
         with self._queue_lock:
             self._closed = True
-        with self._turn:
-            while self._queue:
-                self._give_rounds()
+        while self._queue:
+            self._broadcast(even_if_awaited=True)
 
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
@@ -859,27 +839,25 @@ class Room:
 
     # The relay itself: runs in the handler that has the turn
 
-    def _broadcast(self) -> None:
-        """Give what is queued to all members, unless somebody who waits for the turn already will do so."""
-        if self._turn_is_awaited or not self._queue:  # without the lock: at worst, two wait
+    def _broadcast(self, even_if_awaited: bool = False) -> None:
+        """Give what is queued to all members, a round at a time, until nothing is left or another awaits the turn.
+
+        Waits for the turn. Does nothing if somebody waits for it already, who will do all this.
+        """
+        if not self._queue or (self._turn_is_awaited and not even_if_awaited):  # without the lock: at worst, two wait
             return
         self._turn_is_awaited = True
         with self._turn:
-            self._give_rounds()
-
-    def _give_rounds(self) -> None:
-        """Give what is queued to all members, a round at a time, until nothing is left or another awaits the turn."""
-        assert self._turn.locked()  # noqa: S101 - a precondition that runs
-        while batch := self._next_batch():
-            if self._history:
-                self._history.add(batch.lines)
-            for member in self._members:
-                pieces = batch.pieces_for(member)
-                if pieces and member.give(pieces) > HIGH_WATER_BYTES:
-                    self._note_slow(member)
-            # Who enqueues something just after this look waits for the turn, or found somebody who does.
-            if self._turn_is_awaited:
-                return
+            while batch := self._next_batch():
+                if self._history:
+                    self._history.add(batch.lines)
+                for member in self._members:
+                    pieces = batch.pieces_for(member)
+                    if pieces and member.give(pieces) > HIGH_WATER_BYTES:
+                        self._note_slow(member)
+                # Who enqueues something just after this look waits for the turn, or found somebody who does.
+                if self._turn_is_awaited:
+                    return
 
     def _next_batch(self) -> Batch | None:
         """Take a round from the queue, first come, first served."""
@@ -906,11 +884,9 @@ class Room:
         return max(least, min(most, ROUND_DELIVERED_BYTES // max(1, len(self._members))))
 
     def _note_slow(self, member: Member) -> None:
-        """Begin to hold the others back for a slow consumer; evict one that is beyond help."""
+        """Begin to hold the others back for a slow consumer."""
         if not isinstance(member, Client):
             return
-        if member.outbox_bytes > MAX_OUTBOX_BYTES:
-            self.evict(member)
         with self._queue_lock:
             if member.outbox_bytes > HIGH_WATER_BYTES:  # or the server thread has sent it since, and found nobody slow
                 if not self._slow:  # what may be said in this epoch is fixed, or people who come and go would add to it
@@ -1670,12 +1646,23 @@ class Gate:
             if not self._name and re.match(rb"[\t ]*/(?i:nick)[\t ]", line):
                 self._name = line[:DOOR_READ_BYTES] + b"\n"  # more is no name
                 continue
-            self._client.pause(WRONG_SECONDS)  # so that guessing takes its time
+            self._pause()
             self._tries_left -= 1
             if not self._tries_left:
                 raise Refused("wrong password")
             self._client.say("* wrong password")
         return None
+
+    def _pause(self) -> None:
+        """Have guessing take its time. Raises Quit as soon as the connection is given up or reset."""
+        poll = getattr(select, "poll", None)
+        if not poll:  # as on Windows: the thread stays so long
+            time.sleep(WRONG_SECONDS)
+        else:
+            waiting = poll()
+            waiting.register(self._client, 0)  # for its end alone
+            if waiting.poll(WRONG_SECONDS * 1_000):
+                raise Quit
 
 
 def network(text: str) -> Network:
@@ -1904,7 +1891,7 @@ class TlsClient(Client):
                 self._silent = 0 if text else self._silent
                 if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
                     raise ConnectionAbortedError
-                self._put([])  # what TLS itself has to answer
+                self.give([])  # what TLS itself has to answer
             if text is not None:
                 return text
             data = super().recv(size)
@@ -1920,20 +1907,20 @@ class TlsClient(Client):
             if not self.gone and self._is_secured:
                 with contextlib.suppress(OSError):  # the peer's own end has not come
                     self._tls.unwrap()
-                self._put([])
+                self.give([])
         super().finish(and_wake)
 
-    # Call with the lock held
-
-    def _put(self, pieces: Sequence[memoryview]) -> None:
+    def give(self, pieces: Sequence[memoryview]) -> int:
         """Encrypt pieces; send what TLS has to send: for them, or of its own."""
-        if self._is_secured:
-            with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
-                for piece in pieces:
-                    self._tls.write(piece)
-            data = self._output.read()
-            pieces = [memoryview(data)] if data else []
-        super()._put(pieces)
+        with self._lock:
+            if self._is_secured and not self.gone:
+                with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
+                    for piece in pieces:
+                        self._tls.write(piece)
+                pieces = [memoryview(self._output.read())]
+            return super().give(pieces)
+
+    # Call with the lock held
 
     def _text(self) -> bytes | None:
         """Return what can be read now, empty at close_notify, None if that is nothing yet."""

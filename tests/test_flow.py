@@ -431,21 +431,6 @@ class HonestReader(Room):
         rest.check(expected[piece:])
 
 
-class SmallBacklogs(Room):
-    constants = {"FLOOR_SECONDS": 60, "MAX_OUTBOX_BYTES": 1_200_000}
-    setup = SMALL_BUFFERS
-
-    def test_whose_backlog_is_out_of_bounds_is_let_go_at_once(self) -> None:
-        talker, reader, _ = self.peer(), self.peer(), self.peer(receive_buffer=8_192)
-        lines = numbered_lines(1_000)
-        for _ in range(20):  # so that who reads has none
-            talker.send(lines)
-            reader.expect(*as_heard(talker.label, lines).splitlines())
-        self.server.expect("Connection closed")
-        talker.say("still here")
-        reader.expect(f"{talker.label}:still here")
-
-
 class MaxClients(TestCase):
     def test_one_too_many_is_told_and_there_is_room_again(self) -> None:
         with Server("--max-clients", "2") as server, server.peer() as ann, server.peer() as bob:
