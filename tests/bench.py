@@ -774,54 +774,63 @@ def curve(clients: int, rival: Rival, quick: bool) -> Figures:
 
 
 def linked(rival: Rival, clients: int, talkers: int, seconds: float) -> Figures:
-    """Tell what two servers over one NATS deliver, half of all on each, and how much later, beside one with all.
-
-    The pace rises until a line is lost; the last one without counts.
-    """
+    """Tell what two servers over one NATS deliver, half of all on each, and how much later, beside one with all."""
     if not (shutil.which("nats-server") and importlib.util.find_spec("nats")):
         raise Failed("needs nats-server and the library nats-py")
-    alone = pour(rival, clients, talkers, 500)["M/s"]
     added = [
         linked_talk(rival, count, talkers, 100, seconds)["p50 ms"] - talk(rival, count, talkers, 100, seconds)["p50 ms"]
         for count in (clients, 2 * talkers + 2)
     ]
-    pace, best = 4_000.0, Figures()
-    while True:
-        try:
-            best = linked_talk(rival, clients, talkers, pace, seconds)
-        except Failed as problem:
-            if not best:
-                raise
-            print(f"  at {pace:,.0f} lines/s: {problem}", file=sys.stderr)
-            break
-        pace *= 1.2
+    alone = at_the_fastest(lambda pace: talk_to_all([rival], clients, talkers, pace, seconds))["M/s"]
+    best = at_the_fastest(lambda pace: linked_talk(rival, clients, talkers, pace, seconds))
     several = {"added p50 ms": added[0], f"{2 * talkers + 2} clients": added[1]}
     return {**best, "alone M/s": alone, "of alone": best["M/s"] / alone, **several}
 
 
+def at_the_fastest(measure: Callable[[float], Figures]) -> Figures:
+    """Measure at a pace that rises until a line is lost or late; the last one without counts."""
+    pace, best = 4_000.0, Figures()
+    while True:
+        try:
+            best = measure(pace)
+        except Failed as problem:
+            if not best:
+                raise
+            print(f"  at {pace:,.0f} lines/s: {problem}", file=sys.stderr)
+            return best
+        pace = round(pace * 1.1, -2)  # so that as many lines come each second, and of each talker
+
+
 def linked_talk(rival: Rival, clients: int, talkers: int, pace: float, seconds: float) -> Figures:
-    """Have people on two servers say so many lines a second in all; raise Failed unless everybody hears all of it."""
-    with contextlib.ExitStack() as stack:
-        nats = stack.enter_context(Served(Nats(), 0))
+    """Have people on two servers talk to all."""
+    with Served(Nats(), 0) as nats:
         time.sleep(0.5)  # in which it has begun to listen
         servers = [Linked(rival, nats.port, name) for name in ("paris", "oslo")]
-        halves = [stack.enter_context(Served(server, clients // 2)) for server in servers]
-        for half, other in (halves, halves[::-1]):
-            half.all_served(other.socks)
+        return talk_to_all(servers, clients, talkers, pace, seconds)
+
+
+def talk_to_all(servers: Sequence[Rival], clients: int, talkers: int, pace: float, seconds: float) -> Figures:
+    """Have some say so many lines a second in all, as many on each server; tell how late one hears the other's.
+
+    Raises Failed unless everybody hears all of it, and in time.
+    """
+    with contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(Served(server, clients // len(servers))) for server in servers]
         counted: list[socket.socket] = []
         talking: list[socket.socket] = []
         probed: list[socket.socket] = []
-        for half in halves:
-            *others, probe_of_half = half.socks
-            probed.append(probe_of_half)
-            talking += others[: talkers // 2]
+        for part in parts:
+            part.all_served([sock for other in parts if other is not part for sock in other.socks])
+            *others, probe_of_part = part.socks
+            probed.append(probe_of_part)
+            talking += others[: talkers // len(parts)]
             counted += others
         lines = int(pace * seconds) // talkers * talkers
         own = lines // talkers
         expected = [lines - own if sock in talking else lines for sock in counted]
         counting = Worker(count_all, counted, expected, True)
-        speaking = Worker(speak, halves[0].rival, talking, 0, pace, lines / pace)
-        watching = [Worker(probe, halves[0].rival, sock, 2 * seconds + 2, lines) for sock in probed]
+        speaking = Worker(speak, servers[0], talking, 0, pace, lines / pace)
+        watching = [Worker(probe, servers[0], sock, 2 * seconds + 2, lines) for sock in probed]
         with workers(counting, speaking, *watching):
             started = time.monotonic()
             for worker in (*watching, counting, speaking):
@@ -831,15 +840,16 @@ def linked_talk(rival: Rival, clients: int, talkers: int, pace: float, seconds: 
             _, speaking_cpu = speaking.result()
         elapsed = done - started
         delays: list[float] = []
-        for first, of_probe in zip((talkers // 2, 0), seen):  # of those who talk on the other server
-            for sender in range(first, first + talkers // 2):
-                delays += of_probe["delays"].get(sender, [])
+        for number, of_probe in enumerate(seen):
+            for sender in range(talkers):
+                if len(parts) == 1 or sender * len(parts) // talkers != number:  # on the other server
+                    delays += of_probe["delays"].get(sender, [])
         if len(delays) != lines:
-            raise Failed(f"{lines - len(delays)} of {lines} lines from the other server are missing")
+            raise Failed(f"{lines - len(delays)} of {lines} lines are missing")
         if elapsed > lines / pace + 0.5:
             raise Failed(f"the last line comes {elapsed - lines / pace:.1f} s late")
         return {
-            "M/s": (sum(expected) + 2 * lines) / elapsed / 1e6,
+            "M/s": (sum(expected) + len(parts) * lines) / elapsed / 1e6,
             "pace lines/s": pace,
             "p50 ms": percentile(delays, 0.5),
             "p99 ms": percentile(delays, 0.99),
