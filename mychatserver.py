@@ -233,7 +233,7 @@ KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_
 WRITER_BYTES = 1_048_576  # what may wait for a slow standard output, or disk
 TLS_HELLO = b"\x16\x03"  # handshake record, version 3.x: RFC 8446, 5.1
 # A request's first line: a word, what it is for, and the protocol.
-OTHER_PROTOCOL = re.compile(rb"[A-Za-z]+ (?:[/*]|\S+:)\S* (?i:HTTP|RTSP|SIP)/\d[\d.]*[ \t]*\r?\n")
+OTHER_PROTOCOL = re.compile(rb"[A-Za-z]+ (?:[/*]|[^\s:]+:)\S* (?i:HTTP|RTSP|SIP)/\d[\d.]*[ \t]*\r?\n")
 OTHER_ANSWER = (
     b"HTTP/1.0 400 This is a chat\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This is a chat server. Join it with: python mychatclient.py HOST PORT\r\n"

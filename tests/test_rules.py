@@ -206,6 +206,12 @@ class Strangers(OnAServer):
         """As is a later line that looks like a request."""
         self.hears("I like HTTP/2\nGET / HTTP/1.1\n", "I like HTTP/2", "GET / HTTP/1.1")
 
+    def test_a_first_line_of_colons_takes_no_time(self) -> None:
+        """A search that tried each of them for an address's end would hold up everyone for seconds."""
+        for _ in range(10):
+            self.peer().send(b"A " + b":" * 70_000)
+        self.fence(self.ann, self.bob)
+
     def test_a_first_line_too_long_changes_nothing_for_the_next(self) -> None:
         self.ann.say("x" * 70_000)
         self.ann.expect(LINE_TOO_LONG)
