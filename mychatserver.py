@@ -827,8 +827,7 @@ class Room:
         """Let nobody in and nothing be said any more; relay what is enqueued."""
         with self._queue_lock:
             self._closed = True
-        while self._queue:
-            self._broadcast(even_if_awaited=True)
+        self._broadcast(to_the_end=True)
 
     def dismiss(self) -> None:
         """Take everyone out of the room who is still in it; their connections end with the process."""
@@ -838,12 +837,13 @@ class Room:
 
     # The relay itself: runs in the handler that has the turn
 
-    def _broadcast(self, even_if_awaited: bool = False) -> None:
+    def _broadcast(self, to_the_end: bool = False) -> None:
         """Give what is queued to all members, a round at a time, until nothing is left or another awaits the turn.
 
-        Waits for the turn. Does nothing if somebody waits for it already, who will do all this.
+        Waits for the turn. Does nothing if somebody waits for it already, who will do all this. ``to_the_end`` leaves
+        nothing to another, and returns when the last round is over, whoever has given it.
         """
-        if not self._queue or (self._turn_is_awaited and not even_if_awaited):  # without the lock: at worst, two wait
+        if not to_the_end and (self._turn_is_awaited or not self._queue):  # without the lock: at worst, two wait
             return
         self._turn_is_awaited = True
         with self._turn:
@@ -855,7 +855,7 @@ class Room:
                     if pieces and member.give(pieces) > HIGH_WATER_BYTES:
                         self._note_slow(member)
                 # Who enqueues something just after this look waits for the turn, or found somebody who does.
-                if self._turn_is_awaited:
+                if self._turn_is_awaited and not to_the_end:
                     return
 
     def _next_batch(self) -> Batch | None:

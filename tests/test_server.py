@@ -151,6 +151,22 @@ class Ending(TestCase):
             self.assertEqual(bob.read_to_end(), expected)
             self.assertEqual(server.wait(), 0)
 
+    def test_what_some_have_heard_at_the_end_all_hear(self) -> None:
+        """The last round is over before anybody is let go, though nothing is queued any more."""
+        slow_sends = (
+            "import socket, time\n"
+            "send = socket.socket.sendmsg\n"
+            "socket.socket.sendmsg = lambda *arguments: time.sleep(0.005) or send(*arguments)"
+        )
+        with Server("--quiet", setup=slow_sends) as server, contextlib.ExitStack() as stack:
+            first, speaker, *others = (stack.enter_context(server.peer()) for _ in range(60))
+            speaker.say("the last words")
+            heard = f"{speaker.label}:the last words"
+            first.expect(heard)
+            server.process.send_signal(signal.SIGTERM)
+            self.assertEqual({other.read_to_end() for other in others}, {f"{heard}\n".encode()})
+            self.assertEqual(server.wait(), 0)
+
     def test_everyone_who_does_not_close_is_let_go_and_told_of_at_a_stop(self) -> None:
         with Server() as server:
             crowd = [Peer(LOOPBACK, server.port) for _ in range(300)]
