@@ -585,7 +585,11 @@ class Rates(Guests):
             pace = mychatserver.Bucket(2, 20)
 
             def said(block: bytes) -> list[float]:
-                return [now for _ in range(block.count(b"\n")) if not pace.take(1)]
+                moments = []
+                for _ in range(block.count(b"\n")):
+                    pace.take(1)
+                    moments.append(now)
+                return moments
 
             times = [moment for size in (1, 50, 3, 91) for moment in said(b"x\n" * size)]
             self.assertEqual(times[:20], [0.0] * 20)
