@@ -409,11 +409,10 @@ class Client:
                     return
                 head = head[: head.find(b"\n") + 1 or None]
                 head = head[:32] + head[32:][-32:]  # enough, however long the line
-            for start in range(0, len(data), READ_BYTES):  # with TLS it may be more, with the rest of a record
-                yield framer.feed(data[start : start + READ_BYTES])
+            yield framer.feed(data)
 
     def recv(self, size: int) -> bytes:
-        """Wait for input and return it, of ``size`` bytes on the wire at most, empty at end-of-file.
+        """Wait for ``size`` bytes on the wire at most, and return their text, READ_BYTES at most; empty at end-of-file.
 
         Raises OSError at a reset, and when the deadline passes.
         """
@@ -1800,8 +1799,9 @@ OPERATOR_COMMANDS: Commands = {
 # --- TLS: the same chat encrypted, for who asks for it with --tls-cert; else nothing of this runs ---------------------
 
 HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
+TLS_READ_BYTES = READ_BYTES - 18_437  # of ciphertext at once: with a record that began before, no more text than that
 TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
-TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer at once: hundreds of new keys
+TLS_OUTBOX_BYTES = 16_777_216  # more than the room leaves in one: its owner asks for new keys and does not read them
 
 
 def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
@@ -1842,7 +1842,8 @@ class TlsClient(Client):
     """A client whose socket carries ciphertext: so does its outbox, and ``recv`` returns text.
 
     An SSLObject with two buffers in memory, in which nothing ever waits, is between. It must not be read by one thread
-    while another writes: once hands are shaken it is used with the client's lock held.
+    while another writes: it is used with the client's lock held. Until it tells its version hands are not shaken, and
+    what is given goes out as it is.
     """
 
     def __init__(self, context: ssl.SSLContext, *arguments: Any) -> None:
@@ -1852,8 +1853,6 @@ class TlsClient(Client):
         self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._output, server_side=True)
         self._wants_more = ssl.SSLWantReadError
-        self._silent = 0  # bytes that came since the last text
-        self._is_secured = False  # until then what is given goes out as it is
 
     def prepare(self) -> None:
         """Do the handshake, too, before anything else is sent. Blocks HANDSHAKE_SECONDS at most.
@@ -1869,41 +1868,42 @@ class TlsClient(Client):
         while not self._tls.version():
             if not ready(self, selectors.EVENT_READ, deadline.left()):
                 raise TimeoutError
-            data = self._sock.recv(READ_BYTES)
-            if not data:
-                raise ConnectionResetError
-            self._received.write(data)
-            with contextlib.suppress(self._wants_more):
-                self._tls.do_handshake()
-            self._sock.sendall(self._output.read())  # a few KB, which an empty socket takes at once
-        self._is_secured = True
-
-    def recv(self, size: int) -> bytes:
-        """Wait for text and return it, of ``size`` bytes on the wire at most, empty at TLS's end.
-
-        Raises OSError at what is not TLS, too, at TCP's end without TLS's own, and at a peer that sends records without
-        text, or asks for new keys, without end.
-        """
-        while True:
-            with self._lock:
-                text = self._text()  # first, as some may have come with the handshake
-                self._silent = 0 if text else self._silent
-                if self._output.pending > TLS_OUTPUT_BYTES or self._silent > TLS_SILENT_BYTES:
-                    raise ConnectionAbortedError
-                self.give([])  # what TLS itself has to answer
-            if text is not None:
-                return text
-            data = super().recv(size)
+            data = self._sock.recv(TLS_READ_BYTES)
             if not data:
                 raise ConnectionResetError
             with self._lock:
                 self._received.write(data)
-            self._silent += len(data)
+                with contextlib.suppress(self._wants_more):
+                    self._tls.do_handshake()
+                super().give([memoryview(self._output.read())])
+
+    def recv(self, size: int) -> bytes:
+        """Wait for ``size`` bytes on the wire at most, and return their text, READ_BYTES at most; empty at TLS's end.
+
+        Raises OSError at what is not TLS, too, at TCP's end without TLS's own, and at a peer that sends records without
+        text, or asks for new keys, without end.
+        """
+        data, silent = b"", 0  # some text may have come with the handshake
+        while True:
+            with self._lock:
+                self._received.write(data)
+                text = self._text()
+                waiting = self.give([])  # what TLS itself has to answer
+            if waiting > TLS_OUTBOX_BYTES:
+                raise ConnectionAbortedError
+            if text is not None:
+                return text
+            if silent > TLS_SILENT_BYTES:
+                raise ConnectionAbortedError
+            data = super().recv(min(size, TLS_READ_BYTES))
+            if not data:
+                raise ConnectionResetError
+            silent += len(data)
 
     def finish(self, and_wake: bool = False) -> None:
         """End TLS, too, by its close_notify."""
         with self._lock:
-            if not self.gone and self._is_secured:
+            if not self.gone and self._tls.version():
                 with contextlib.suppress(OSError):  # the peer's own end has not come
                     self._tls.unwrap()
                 self.give([])
@@ -1912,7 +1912,7 @@ class TlsClient(Client):
     def give(self, pieces: Sequence[memoryview]) -> int:
         """Encrypt pieces; send what TLS has to send: for them, or of its own."""
         with self._lock:
-            if self._is_secured and not self.gone:
+            if self._tls.version() and not self.gone:
                 with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
                     for piece in pieces:
                         self._tls.write(piece)
