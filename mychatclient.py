@@ -998,7 +998,7 @@ def raise_ended(number: int, _: object) -> None:
     raise Ended(number)
 
 
-def handle(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> None:
+def handle(numbers: Iterable[int], handler: Callable[[int, Any], object] | signal.Handlers) -> None:
     """Set the handler of signals, but of those that are ignored, as in a script's background job."""
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -1215,9 +1215,10 @@ class Password:
 def password_typed() -> bytes:
     """Ask for the password, unseen. Blocks; raises EOFError at Ctrl-D and ``exit``, NotConnected without a terminal."""
     try:
-        if sys.platform != "win32":
-            os.close(os.open("/dev/tty", os.O_RDWR))  # or getpass would read standard input
-        password = getpass.getpass()
+        with contextlib.ExitStack() as stack:
+            if sys.platform != "win32":
+                stack.enter_context(asking())
+            password = getpass.getpass()
     except OSError:  # the terminal is not this process's own, as under ``su -c``
         raise NotConnected(UNANSWERED) from None
     except UnicodeDecodeError:
@@ -1225,6 +1226,37 @@ def password_typed() -> bytes:
     if password.strip().lower() == "exit":
         raise EOFError
     return password.encode("utf-8", "replace")
+
+
+if sys.platform != "win32":
+
+    @contextlib.contextmanager
+    def asking() -> Iterator[None]:
+        """Have Ctrl-Z give the shell a terminal with echo, and ``fg`` ask again without. Raises OSError.
+
+        getpass sees to neither: some shells would echo nothing, others echo the password that is typed after ``fg``.
+        """
+        terminal = os.open("/dev/tty", os.O_RDWR)  # or getpass would read standard input
+        as_it_was, unseen = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
+        unseen[3] &= ~termios.ECHO
+
+        def on_job_control(number: int, _: object) -> None:
+            with contextlib.suppress(termios.error, OSError):  # it is gone
+                if number == signal.SIGTSTP:
+                    termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
+                    signal.raise_signal(signal.SIGTTIN)  # which has no handler; without a shell it does nothing
+                wait_for_foreground()
+                termios.tcsetattr(terminal, termios.TCSANOW, unseen)
+                os.write(terminal, b"\rPassword: ")
+
+        handle((signal.SIGTSTP, signal.SIGCONT), on_job_control)
+        try:
+            yield
+        finally:
+            handle((signal.SIGTSTP, signal.SIGCONT), signal.SIG_DFL)
+            with contextlib.suppress(termios.error):  # likewise
+                termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
+            os.close(terminal)
 
 
 def password_from(path: str | None) -> bytes:

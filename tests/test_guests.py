@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -36,6 +37,7 @@ from tests.support import (
     eventually,
     home_made_server,
 )
+from tests.test_terminal import inputrc
 
 GREETING = "Connected to chat server. Type 'exit' to leave."
 FAREWELL = "Disconnected from server"
@@ -482,6 +484,35 @@ class Clients(Guests):
                 self.assertEqual(client.wait(), 0)
                 self.assertNotIn(SECRET.strip(), client.screen())
                 self.assertEqual(client.attributes(), client.before)
+
+    def test_ctrl_z_at_the_question(self) -> None:
+        """The shell echoes what is typed; after fg the question is asked again, unseen, and works."""
+        server = self.ask()
+        command = " ".join(shlex.quote(word) for word in (*command_of(CLIENT, ASKED), LOOPBACK, str(server.port)))
+        echo = "stty -a | grep -o '[ -]echo ' | tr a-z A-Z\r"
+        for shell in (("/bin/bash", "--norc", "--noprofile", "-i"), ("/bin/sh", "-i")):
+            with (
+                self.subTest(shell=shell),
+                inputrc("set enable-bracketed-paste off\n"),
+                Terminal(*shell) as terminal,
+            ):
+                terminal.type("PS1='$ '\r")
+                terminal.wait_for("$ ")
+                terminal.type(f"{command}\r")
+                terminal.wait_for("Password: ")
+                terminal.type("\x1a")
+                terminal.wait_for("\n$ ")
+                terminal.type(echo)
+                terminal.wait_for(" ECHO \n$ ")
+                terminal.type("fg\r")
+                terminal.wait_for("Password: ")
+                terminal.type(f"{SECRET}\r")
+                terminal.wait_for(f"{GREETING}\n")
+                terminal.type("exit\r")
+                terminal.wait_for(f"{FAREWELL}\n$ ")
+                terminal.type(echo)
+                terminal.wait_for(" ECHO \n$ ")
+                self.assertNotIn(SECRET.strip(), terminal.screen())
 
     def test_a_question_that_comes_late_is_told(self) -> None:
         def late(sock: socket.socket) -> None:
