@@ -135,11 +135,11 @@ class Style:
         self._in_history = False  # what comes was said earlier
 
     def rows(self, block: bytes) -> bytes:
-        """Return the lines of ``block`` with an empty row before each, unless that is not wanted."""
-        if self._is_as_it_comes:
+        """Return the lines of ``block``, if any, with an empty row before each, unless that is not wanted."""
+        if self._is_as_it_comes and block:
             gap = self._gap.encode()
             return gap + block[:-1].replace(b"\n", b"\n" + gap) + b"\n"
-        lines = block[:-1].decode("utf-8", "replace").split("\n")
+        lines = block.decode("utf-8", "replace").split("\n")[:-1]
         return "".join(map(self._row, lines)).encode()
 
     def beginning(self, begun: str) -> list[str]:
@@ -219,8 +219,6 @@ def coloured(colour: str, text: str) -> str:
 class Screen:
     """A plain screen, which is only added to; it owns standard output, and the terminal that one types in."""
 
-    misses_signals = False  # one that comes together with a key does not end the main thread's wait
-
     def __init__(self, style: Style) -> None:
         self.style = style
         self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written
@@ -238,7 +236,10 @@ class Screen:
     # Runs in the receive thread
 
     def show(self, block: bytes) -> None:
-        """Show whole lines that came from the server, below an empty row each. Blocks while standard output does."""
+        """Show whole lines that came from the server, below an empty row each. Blocks while standard output does.
+
+        To be called with nothing, too, when none come for a while: an editor may have to look for a signal.
+        """
         self._write(self.style.rows(block))
 
     def wake(self) -> bool:
@@ -331,7 +332,6 @@ if sys.platform != "win32":
         main thread's own.
         """
 
-        misses_signals = True
         is_libedit = False
         needs = "rl_clear_visible_line"  # which a library that is too old lacks
         STATE_CALLBACK = 0x80000  # readline.h: a line is being edited
@@ -379,8 +379,8 @@ if sys.platform != "win32":
             """Have whole lines shown that came from the server; block until the main thread has done it."""
             self._shown.clear()
             self._block = block
-            self.wake()
-            while not self._shown.wait(INTERRUPT_SECONDS):
+            self.wake()  # for nothing, too: a signal that comes together with a key does not end the editor's wait
+            while block and not self._shown.wait(INTERRUPT_SECONDS):
                 self.wake()
 
         # Runs in the main thread
@@ -502,8 +502,6 @@ class PromptToolkitEditor(Screen):
     time the receive thread gets the lock, and draws itself.
     """
 
-    misses_signals = True
-
     def __init__(self, style: Style) -> None:
         import prompt_toolkit
         from prompt_toolkit.layout.processors import TabsProcessor
@@ -540,7 +538,7 @@ class PromptToolkitEditor(Screen):
         self._shown.clear()
         self._block = block
         self._have_loop_catch_up()
-        while self._block:
+        while block and not self._shown.is_set():
             if self._lock.acquire(blocking=False):
                 self._catch_up()
                 self._lock.release()
@@ -1147,10 +1145,7 @@ class Conversation:
         """Show what comes until the last connection ends; then get the main thread out of its wait."""
         try:
             for block in self._connections.blocks():
-                if block:
-                    self._screen.show(block)
-                elif self._screen.misses_signals:
-                    self._screen.wake()
+                self._screen.show(block)
                 if self._screen.gone:
                     break
         except NotConnected as error:

@@ -35,6 +35,15 @@ from tests.support import (
 )
 from tests.test_terminal import GREETING
 
+# For Judged's ``setup``: the client does what it does on Windows, as far as Linux has that.
+AS_ON_WINDOWS = """
+import os.path, sys, tty, types
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import mychatclient
+mychatclient.sys = types.SimpleNamespace(**{**vars(sys), "platform": "win32"})
+mychatclient.EDITORS = [mychatclient.PromptToolkitEditor]
+tty.setcbreak(0)  # a console shows nothing by itself
+"""
 NEEDS_PROMPT_TOOLKIT = unittest.skipUnless(
     importlib.util.find_spec("prompt_toolkit"), "needs prompt_toolkit: python -m pip install prompt_toolkit"
 )
@@ -341,3 +350,29 @@ class Endings(WithoutReadline, test_terminal.Endings):
                     with contextlib.suppress(OSError):  # it is done already
                         client.server.shutdown(socket.SHUT_RDWR)
                     background.join()
+
+
+@test_terminal.NEEDS_PYTE
+@NEEDS_PROMPT_TOOLKIT
+class AsOnWindows(WithoutReadline, TestCase):
+    """Where no signal reaches the main thread."""
+
+    def test_the_line_stays_whole_through_messages_and_silence(self) -> None:
+        for typed, status in (("\x03", 130), ("", 1)):
+            with (
+                self.subTest(status=status),
+                Judged(10, "--no-color", constants={"SILENCE_SECONDS": 0.01}, setup=AS_ON_WINDOWS) as client,
+            ):
+                client.type("half a li")
+                for number in range(3):
+                    client.settle()  # in which nothing comes
+                    client.say([f"54358:{number}"])
+                    client.wait_for(f"\n\n54358:{number}\nhalf a li")
+                client.type("ne\r")
+                self.assertEqual(client.heard(), "half a line")
+                client.type(f"half{typed}")
+                client.wait_for("half", within=True)
+                if not typed:
+                    client.server.shutdown(socket.SHUT_RDWR)
+                self.assertEqual(client.wait(), status)
+                self.assertTrue(client.screen().endswith("Disconnected from server\n"))

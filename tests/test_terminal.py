@@ -73,7 +73,12 @@ class Judged(Terminal):
     """A client in a terminal whose screen an emulator keeps; the test is its server."""
 
     def __init__(
-        self, rows: int, *options: str, columns: int = 40, constants: Mapping[str, object] | None = None
+        self,
+        rows: int,
+        *options: str,
+        columns: int = 40,
+        constants: Mapping[str, object] | None = None,
+        setup: str = "",
     ) -> None:
         import pyte
 
@@ -84,7 +89,7 @@ class Judged(Terminal):
             listener.settimeout(SECONDS)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8_192)  # soon full, if a test does not read
             port = listener.getsockname()[1]
-            command = command_of(CLIENT, constants)
+            command = command_of(CLIENT, constants, setup)
             super().__init__(*command, *options, LOOPBACK, str(port), rows=rows, columns=columns)
             self.server, _ = listener.accept()
         self.server.settimeout(SECONDS)
