@@ -286,7 +286,8 @@ class Endings(WithoutReadline, test_terminal.Endings):
         """In the background it stops before it touches the terminal; then the line is back, and messages show."""
         with (
             socket.create_server((LOOPBACK, 0)) as listener,
-            Emulated("/bin/bash", "--norc", "--noprofile", "-i") as shell,
+            # Wide: what the shell shows of a job, paths and all, might fill a row.
+            Emulated("/bin/bash", "--norc", "--noprofile", "-i", columns=500) as shell,
         ):
             listener.settimeout(SECONDS)
             shell.type("PS1='$ '\r")
