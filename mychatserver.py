@@ -1923,17 +1923,15 @@ class TlsClient(Client):
 
     def _text(self) -> bytes | None:
         """Return what can be read now, empty at close_notify, None if that is nothing yet."""
-        parts: list[bytes] = []
+        text = b""
         try:
             while part := self._tls.read(READ_BYTES):
-                parts.append(part)
-        except self._wants_more:
-            if not parts:
-                return None
-        except OSError:
-            if not parts:  # else the next call raises it again
+                text += part
+        except OSError as error:
+            if not text and not isinstance(error, self._wants_more):  # with text, the next call raises it again
                 raise
-        return b"".join(parts)
+            return text or None
+        return text
 
 
 # --- Other servers: one room on many machines, over NATS; who runs a single server may skip this ----------------------
