@@ -2019,7 +2019,7 @@ class Link(Writer):
             return socket.getaddrinfo(*arguments, **options)
 
         logging.disable()  # what goes wrong is said in a sentence, here
-        self._room, self._console, self._errors = room, console, errors
+        self._room, self._console = room, console
         self._room_name = options.room or "main"
         host = re.sub("[^0-9A-Za-z_-]", "-", socket.gethostname().partition(".")[0])[:SERVER_NAME_CHARACTERS]
         self._server_name = options.server_name or host or "server"
@@ -2029,21 +2029,20 @@ class Link(Writer):
         self._id = secrets.token_hex(8)
         self._arrivals = Writer("arrivals", functools.partial(room.relay, self), "from the other servers not shown")
         self._is_linked = threading.Event()  # and the other servers have had time to be
+        self._tell = functools.lru_cache(maxsize=1)(errors.say)  # a problem once, until it is another
         # The asyncio thread changes what follows; others look.
         self._urls: list[Node] = options.nats
-        self._nodes = self._urls  # and those of which NATS has told
         self._node = self._urls[0]  # the last that was tried
         self._nats: Any = None  # the library's client: of the connection with this number
         self._number = 1
         self._lost: asyncio.Event  # the connection is closed, or NATS does not answer
-        self._problem = ""  # told last
         self._heard: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the last NUMBER, by NAME and ID
         loop = asyncio.new_event_loop()
         loop.getaddrinfo = look_up  # type: ignore[method-assign] # a thread of asyncio's would hold up our end
         self._run_soon = functools.partial(asyncio.run_coroutine_threadsafe, loop=loop)
         threading.Thread(target=loop.run_forever, name="asyncio", daemon=True).start()
         try:
-            self._run_soon(self._connect()).result(LINK_START_SECONDS)
+            self._run_soon(self._connect(self._urls)).result(LINK_START_SECONDS)
         except concurrent.futures.TimeoutError:  # perhaps a name is still looked up
             raise Unusable(linking_problem(TimeoutError(), self._node)) from None
         super().__init__("link", self._publish, NOT_SENT)
@@ -2055,7 +2054,6 @@ class Link(Writer):
         self._room.add(self)
         self._console.say(f"Linked to room {self._room_name} as {self._server_name}")
         self._is_linked.set()
-        self._run_soon(self._give_signs())
         self._run_soon(self._stay_linked())
 
     # Called from any thread
@@ -2087,10 +2085,10 @@ class Link(Writer):
 
     # Runs in the asyncio thread
 
-    async def _connect(self) -> None:
+    async def _connect(self, nodes: Sequence[Node]) -> None:
         """Connect to the first node that answers; raise Unusable, with the last problem, when none does."""
         problem = ""
-        for node in self._nodes:
+        for node in nodes:
             self._node, nats = node, self._library.Client()
             try:
                 await self._log_in(nats, node)
@@ -2145,35 +2143,28 @@ class Link(Writer):
         await nats.flush(LINK_CONNECT_SECONDS)
         self._nats, self._lost = nats, lost
 
-    async def _give_signs(self) -> None:
-        """Publish a sign of life now and then. Does not end."""
-        import asyncio
-
-        while True:
-            with contextlib.suppress(Exception):  # the link is lost, and known to be
-                await self._send(b"")
-            await asyncio.sleep(LINK_SIGN_SECONDS)
-
     async def _stay_linked(self) -> None:
-        """Whenever the link is lost, tell people, and connect again. Does not end."""
+        """Give signs of life; whenever the link is lost, tell people, and connect again. Does not end."""
         import asyncio
 
         while True:
-            await self._lost.wait()
+            while not self._lost.is_set():
+                self._run_soon(self._send(b""))  # not waited for: a link that is lost is told of at once
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._lost.wait(), LINK_SIGN_SECONDS)
             self._is_linked.clear()
             self._arrivals.say("* link to the other servers lost")
             self._run_soon(self._nats.close())  # which may never end
             others = [self._node._replace(address=other.netloc) for other in self._nats.discovered_servers]
-            self._nodes = [*self._urls, *others]
             while True:
                 try:
-                    await self._connect()
+                    await self._connect([*self._urls, *others])
                     break
                 except Unusable as problem:
                     self._tell(str(problem))
                     await asyncio.sleep(LINK_PAUSE_SECONDS)
             self._number += 1
-            self._problem = ""
+            self._tell.cache_clear()
             self._arrivals.say("* link restored")
             await asyncio.sleep(LINK_PAUSE_SECONDS)  # the other servers may have been cut off, too
             self._is_linked.set()
@@ -2204,11 +2195,6 @@ class Link(Writer):
         if lines := validated(message.data, name):
             self._arrivals.give([memoryview(lines)])
         time.sleep(0)  # let others run, who would wait for SWITCH_SECONDS in a storm of messages
-
-    def _tell(self, problem: str) -> None:
-        if problem != self._problem:
-            self._problem = problem
-            self._errors.say(problem)
 
 
 def tls_to_nats(certificates: str | None) -> ssl.SSLContext:
@@ -2400,19 +2386,16 @@ def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
     """
     with usable(path, "give --log another file"):
         open(path, "ab", opener=open_at_once).close()
-    problem: str | None = ""  # as said last, since it went well
+    tell = functools.lru_cache(maxsize=1)(errors.say)  # a problem once, until it is another
 
     def write(text: bytes) -> None:
-        nonlocal problem
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds").encode() + b" "
         try:
             with open(path, "ab", opener=open_at_once) as file:
                 file.write(now + text[:-1].replace(b"\n", b"\n" + now) + b"\n")
-            problem = ""
+            tell.cache_clear()
         except OSError as error:
-            if problem != error.strerror:
-                problem = error.strerror
-                errors.say(f"Cannot write to {path}: {problem}; the chat goes on without a log.")
+            tell(f"Cannot write to {path}: {error.strerror}; the chat goes on without a log.")
             raise  # the writer counts what was not written
 
     return write
