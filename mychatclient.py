@@ -699,19 +699,22 @@ class Connection:
 
     def send(self, data: bytes) -> bool:
         """Send all; return whether that worked. If not, what is received tells why. Blocks."""
+        rest = memoryview(data)
         try:
-            self._send(data)
+            while rest:
+                count = self._send(rest)
+                self._sent_bytes += count  # only now: what could not be sent is not among what is unsent, either
+                rest = rest[count:]
         except OSError:
             return False
         return True
 
-    def _send(self, data: bytes) -> None:
-        self.sock.sendall(data)
+    def _send(self, data: memoryview) -> int:
+        return self.sock.send(data)
 
     def send_line(self, line: bytes) -> bool:
         """Send a line that a person has entered, as ``send``, and remember it for ``doubtful_lines``."""
-        self._sent_bytes += len(line)
-        self._lines.append((self._sent_bytes, time.monotonic()))
+        self._lines.append((self._sent_bytes + len(line), time.monotonic()))
         return self.send(line)
 
     def half_close(self) -> None:
@@ -726,12 +729,18 @@ class Connection:
                 return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         return None
 
-    def doubtful_lines(self) -> int:
-        """Return how many of the lines that a person has entered were perhaps not delivered, now that it is lost."""
+    def acknowledged(self) -> int | None:
+        """Return how many bytes the other end has acknowledged, or fewer; None where nothing tells."""
+        sent_bytes = self._sent_bytes  # first: what is sent from now on would make it more
         unsent = self.unsent()
-        if unsent is None:
-            return sum(time.monotonic() - when < DOUBT_SECONDS for _, when in list(self._lines))
-        return sum(end > self._sent_bytes - unsent for end, _ in list(self._lines))
+        return None if unsent is None else sent_bytes - unsent
+
+    def doubtful_lines(self, acknowledged: int | None) -> int:
+        """Return how many of the lines that a person has entered were perhaps not delivered, now that it is lost."""
+        lines = list(self._lines)
+        if acknowledged is None:
+            return sum(time.monotonic() - when < DOUBT_SECONDS for _, when in lines)
+        return sum(end > acknowledged for end, _ in lines)
 
     def close(self) -> None:
         """Close the socket; whoever waits for it notices."""
@@ -938,9 +947,10 @@ class Connections:
             except self.expected:
                 return
             except Lost:
-                doubtful, told = self.current.doubtful_lines(), b""
+                acknowledged, told = self.current.acknowledged(), b""
                 if self.connect_again:
                     self.current.close()  # before a word of it, or a line entered just after would be lost
+                doubtful = self.current.doubtful_lines(acknowledged)  # after that, or one entered just before would be
                 if doubtful:
                     lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
                     told = f"* {lines} perhaps not delivered\n".encode()
@@ -1366,11 +1376,10 @@ class SecureConnection(Connection):
         data: bytes | None = self._do(self._ssl.recv, READ_BYTES, seconds)
         return data
 
-    def _send(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._do(self._ssl.send, rest) or 0 :]
-        self._last = data[-1:]
+    def _send(self, data: memoryview) -> int:
+        count: int = self._do(self._ssl.send, data)
+        self._last = bytes(data[count - 1 : count])
+        return count
 
     def half_close(self) -> None:
         """Send ``exit``: TLS's own end would leave no way to say why the connection ends."""

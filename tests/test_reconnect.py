@@ -13,6 +13,7 @@ import time
 import unittest
 from collections.abc import Mapping
 
+import mychatclient
 from tests.support import (
     CLIENT,
     LONG,
@@ -295,3 +296,39 @@ class Reconnecting(TestCase):
         server = self.serve()
         client.process.send_signal(signal.SIGCONT)
         client.wait_for(f"{LOST}{BACK}")
+
+
+@unittest.skipUnless(sys.platform == "linux", "needs Linux: only there the system tells what has arrived")
+class Doubts(TestCase):
+    """Of lines that were entered when a connection was about to be lost, none is left out of the count."""
+
+    def connection(self) -> tuple[mychatclient.Connection, socket.socket]:
+        """Return a connection with a hundred lines of 1,000 bytes in it, most of them on their way, and its peer."""
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)  # soon full: nobody reads
+            listener.bind((LOOPBACK, 0))
+            listener.listen()
+            connection = mychatclient.Connection(socket.create_connection(listener.getsockname()))
+            self.addCleanup(connection.close)
+            peer, _ = listener.accept()
+        self.addCleanup(peer.close)
+        for _ in range(100):
+            self.assertTrue(connection.send_line(b"x" * 999 + b"\n"))
+        return connection, peer
+
+    def test_a_long_line_that_could_not_be_sent_hides_none_of_those_before_it(self) -> None:
+        connection, peer = self.connection()
+        peer.close()  # which is a reset, as there is something to read
+        with self.assertRaises(ConnectionResetError):
+            connection.receive(SECONDS)
+        before = connection.doubtful_lines(connection.acknowledged())
+        self.assertIn(before, range(50, 101))
+        self.assertFalse(connection.send_line(b"y" * 60_000 + b"\n"))
+        self.assertEqual(connection.doubtful_lines(connection.acknowledged()), before + 1)
+
+    def test_a_line_that_is_sent_while_they_are_counted_hides_none_either(self) -> None:
+        connection, _ = self.connection()
+        acknowledged = connection.acknowledged()
+        before = connection.doubtful_lines(acknowledged)
+        self.assertTrue(connection.send_line(b"y" * 60_000 + b"\n"))
+        self.assertEqual(connection.doubtful_lines(acknowledged), before + 1)
