@@ -1950,7 +1950,6 @@ SUBJECT = re.compile(r"mychat\.[0-9A-Za-z_-]+\.([0-9A-Za-z_-]{1,40})\.([0-9A-Za-
 NATS_URL = re.compile(r"(nats|tls)://(?:([^@:/]+)(?::(.*))?@)?(\[[^]@/]+\]|[^]@/:[]+)(?::([1-9]\d*)?)?/?")
 NOT_SENT = "not sent to the other servers"
 MISSED = re.compile(rb"(?m)^\* (\d+) lines %s\n" % NOT_SENT.encode())  # from the link's own writer: no label is so
-CREDENTIALS = re.compile(r"BEGIN NATS USER JWT.*\n.*BEGIN USER NKEY SEED.*\n.*\n", re.DOTALL)
 LINK_PROBLEMS = {  # by what is in the names of an exception's classes and in its words, the first that fits
     "gaierror|UnicodeError": "Unknown host '{host}': check the URL of --nats.",
     "TimeoutError": "No answer from {nats}: is it stopped, or a firewall between? Check the URL of --nats.",
@@ -2213,7 +2212,7 @@ def credentials(path: str) -> str:
     advice = "give --nats-creds a user's credentials"
     with usable(path, advice), open(path, errors="replace") as file:
         text = file.read()
-    if not CREDENTIALS.search(text):
+    if "BEGIN NATS USER JWT" not in text or "BEGIN USER NKEY SEED" not in text:
         raise Unusable(f"Cannot use {path}: it has no JWT and key of a user; {advice}.")
     return text
 
@@ -2319,11 +2318,11 @@ def addresses_for_others(host: str) -> list[str]:
     if not any(found):
         interfaces = [name for _, name in socket.if_nameindex()] if sys.platform == "linux" else [""]
         found = [own_address(socket.AF_INET, "255.255.255.255", name) for name in interfaces]
-    usable = [ipaddress.ip_address(address) for address in dict.fromkeys(found) if address]
-    usable = [one for one in usable if not (one.is_loopback or one.is_unspecified)]
+    known = [ipaddress.ip_address(address) for address in dict.fromkeys(found) if address]
+    known = [one for one in known if not (one.is_loopback or one.is_unspecified)]
     # An address of this link alone helps when there is no other; an IPv6 one would need an interface of the reader's.
-    routed = [str(one) for one in usable if not one.is_link_local]
-    return routed or [str(one) for one in usable if one.version == 4]
+    routed = [str(one) for one in known if not one.is_link_local]
+    return routed or [str(one) for one in known if one.version == 4]
 
 
 def own_address(family: int, target: str, interface: str = "") -> str:
@@ -2501,16 +2500,9 @@ def serve(options: argparse.Namespace) -> int:
     console, errors = Writer("console", write_to_stream(1)), Writer("errors", write_to_stream(2))
     log = Writer("log", write_to_log(options.log, errors), "not written") if options.log is not None else None
     limit = Limit(options.max_clients, options.max_per_host)
-    room = Room(
-        console,
-        limit,
-        log,
-        options.quiet,
-        options.announce,
-        History(options.history) if options.history else None,
-        TLS_BUDGET_BYTES if context else BUDGET_BYTES,
-        options.welcome,
-    )
+    history = History(options.history) if options.history else None
+    budget_bytes = TLS_BUDGET_BYTES if context else BUDGET_BYTES
+    room = Room(console, limit, log, options.quiet, options.announce, history, budget_bytes, options.welcome)
     link = Link(room, console, errors, options) if options.nats else None
     is_found = False
     if options.lan:
