@@ -765,7 +765,7 @@ def connect(host: str, port: int) -> socket.socket:
     """Return a connection to the first of the host's addresses that takes it.
 
     Blocks CONNECT_SECONDS for each, and as long as the system takes to look up the name, but not for Ctrl-C: it runs in
-    a thread, because nothing ends the system's own wait for a name server. Raises OSError, and UnicodeError for what
+    a thread, because nothing ends the system's own wait for a name server. Raises OSError, and ValueError for what
     cannot be a name.
     """
     result: list[socket.socket | Exception] = []
@@ -773,7 +773,7 @@ def connect(host: str, port: int) -> socket.socket:
     def run() -> None:
         try:
             result.append(socket.create_connection((host, port), CONNECT_SECONDS))
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             result.append(error)
 
     thread = start_thread(run)
@@ -797,9 +797,8 @@ def connect(host: str, port: int) -> socket.socket:
 
 
 CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds counts
-    (NotConnected, "{error}"),
     (
-        (socket.gaierror, UnicodeError),
+        (socket.gaierror, ValueError),
         "Unknown host {host!r}: check the spelling; a port comes after it: HOST PORT.",
     ),
     (
@@ -808,15 +807,14 @@ CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds
         "or give another port.",
     ),
     (TIMEOUTS, "No answer from {host} port {port}: check the address; a firewall or another network may be between."),
-    (RuntimeError, "Cannot start: {error}; this user may have no more processes or memory (ulimit -u, ulimit -v)."),
     (OSError, "Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."),
 )
 
 
-def connecting_problem(error: Exception, host: str, port: int) -> str:
-    """Return one sentence that says why there is no connection, and what to do."""
+def connecting_problem(error: OSError | ValueError, host: str, port: int) -> Lost:
+    """Return why there is no connection, and what to do."""
     sentence = next(sentence for kinds, sentence in CONNECTING_PROBLEMS if isinstance(error, kinds))
-    return sentence.format(error=error, host=host, port=port)
+    return Lost(sentence.format(error=error, host=host, port=port))
 
 
 def blocks_from(connection: Connection) -> Iterator[bytes]:
@@ -968,7 +966,7 @@ class Connections:
         try:
             connection = connect_again()
             beginning = connection.peek(ADMITTED_SECONDS)
-        except (OSError, RuntimeError, UnicodeError, Lost):  # not yet
+        except (OSError, Lost):  # not yet
             return False
         if beginning is not None and (not beginning or beginning.startswith(REFUSED)):
             connection.close()
@@ -1024,10 +1022,15 @@ def block_signals(numbers: Iterable[int] = HANDLED) -> Iterable[int]:
 
 
 def start_thread(function: Callable[..., object], *arguments: object) -> threading.Thread:
-    """Start a thread that ends with the program; signals pass it by, so that all reach the main thread."""
+    """Start a thread that ends with the program; signals pass it by, so that all reach the main thread. Raises Lost."""
     thread = threading.Thread(target=function, args=arguments, daemon=True)
     before = block_signals()
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise Lost(
+            f"Cannot start: {error}; this user may have no more processes or memory (ulimit -u, ulimit -v)."
+        ) from None
     block_signals(before)
     return thread
 
@@ -1366,24 +1369,23 @@ CERTIFICATE_PROBLEMS = {  # by X509_V_ERR_...: openssl-verification-options(1)
 class SecureConnection(Connection):
     """The same, encrypted."""
 
+    sock: ssl.SSLSocket
+
     def __init__(self, sock: ssl.SSLSocket) -> None:
         super().__init__(sock)
-        self._ssl = sock
         self._lock = threading.Lock()  # OpenSSL's, which two threads must not use at once; nothing waits with it held
-        self._last = b"\n"  # byte that was sent
 
     def _receive(self, seconds: float) -> bytes | None:
-        data: bytes | None = self._do(self._ssl.recv, READ_BYTES, seconds)
+        data: bytes | None = self._do(self.sock.recv, READ_BYTES, seconds)
         return data
 
     def _send(self, data: memoryview) -> int:
-        count: int = self._do(self._ssl.send, data)
-        self._last = bytes(data[count - 1 : count])
+        count: int = self._do(self.sock.send, data)
         return count
 
     def half_close(self) -> None:
         """Send ``exit``: TLS's own end would leave no way to say why the connection ends."""
-        self.send(b"exit\n" if self._last == b"\n" else b"\nexit\n")
+        self.send(b"\nexit\n")  # on a line of its own: the last one may be unfinished
 
     def _do(self, call: Callable[[Any], Any], argument: object, seconds: float | None = None) -> Any:
         """Return what a call of OpenSSL does; None if it has to wait for the network longer than that."""
@@ -1438,26 +1440,23 @@ def secured(sock: socket.socket, context: ssl.SSLContext, host: str, port: int) 
         secure.do_handshake()
         secure.setblocking(False)
         return SecureConnection(secure)
-    except (OSError, ValueError) as error:
-        problem = tls_problem(error, host, f"{host} port {port}")
+    except OSError as error:
+        problem = tls_problem(error, f"{host} port {port}")
         sock.close()
         raise problem from None
 
 
-def tls_problem(error: OSError | ValueError, host: str, where: str) -> NotConnected:
+def tls_problem(error: OSError, where: str) -> NotConnected:
     """Return why there is no TLS, and what to do."""
     import ssl
 
     if isinstance(error, ssl.SSLCertVerificationError):
         other = f"does not do: {error.verify_message}; ask whoever runs that server."
         return NotConnected(f"The certificate of {where} {CERTIFICATE_PROBLEMS.get(error.verify_code, other)}")
-    if isinstance(error, TIMEOUTS):
-        return Lost(f"No TLS from {where} in {HANDSHAKE_SECONDS:.0f} s: leave --tls out if that server has none.")
-    if isinstance(error, ssl.SSLError) and not is_cut(error):
-        return NotConnected(f"No TLS at {where}: leave --tls out, or give another port. ({error.reason})")
-    if isinstance(error, OSError):  # as mychatserver.py ends it when it has no certificate
-        return Lost(f"{where} ends the connection when asked for TLS: leave --tls out if that server has none.")
-    return NotConnected(f"No certificate can be for {host!r}: join by the name or address that the server's has.")
+    answers_otherwise = isinstance(error, ssl.SSLError) and not is_cut(error)  # and will the next time
+    kind = NotConnected if answers_otherwise else Lost
+    reason = getattr(error, "reason", None) or error.strerror or error
+    return kind(f"No TLS at {where}: leave --tls out if that server has none, or give another port. ({reason})")
 
 
 def is_cut(error: ssl.SSLError) -> bool:
@@ -1645,7 +1644,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chat(options: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
-    """Join, chat, and return the exit status. Raises NotConnected, OSError or UnicodeError when that cannot be."""
+    """Join, chat, and return the exit status. Raises NotConnected when that cannot be."""
     if options.host in ("0.0.0.0", "::"):  # noqa: S104 - nothing is bound
         raise NotConnected(
             f"{options.host} is where a server listens, not an address to join: use one that the server printed."
@@ -1658,12 +1657,15 @@ def chat(options: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
 
     def join() -> Connection:
         begun = time.monotonic()
-        if options.ssh is not None:
-            connection = through_ssh(cleanup, options.ssh, options.host, options.port)
-        else:
-            sock = connect(options.host, options.port)
-            connection = secured(sock, context, options.host, options.port) if context else Connection(sock)
-        password.enter(connection, time.monotonic() - begun)
+        try:
+            if options.ssh is not None:
+                connection = through_ssh(cleanup, options.ssh, options.host, options.port)
+            else:
+                sock = connect(options.host, options.port)
+                connection = secured(sock, context, options.host, options.port) if context else Connection(sock)
+            password.enter(connection, time.monotonic() - begun)
+        except (OSError, ValueError) as error:
+            raise connecting_problem(error, options.host, options.port) from None
         return connection
 
     first = join()
@@ -1692,8 +1694,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return chat(options, cleanup)
             except EOFError:  # Ctrl-D in the place of a password
                 return 0
-            except (NotConnected, OSError, UnicodeError, RuntimeError) as error:
-                warn(connecting_problem(error, options.host, options.port))
+            except (NotConnected, OSError) as error:
+                warn(str(error))
                 forget_typed()
                 return 1
     except KeyboardInterrupt:

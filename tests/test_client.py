@@ -927,4 +927,4 @@ class Connecting(TestCase):
             (OSError(101, "Network is unreachable"), "Cannot reach host port 1: Network is unreachable; check"),
         ):
             with self.subTest(error=error):
-                self.assertTrue(mychatclient.connecting_problem(error, "host", 1).startswith(sentence))
+                self.assertTrue(str(mychatclient.connecting_problem(error, "host", 1)).startswith(sentence))

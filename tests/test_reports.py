@@ -15,6 +15,7 @@ from tests.support import (
     SERVER,
     Program,
     Server,
+    Terminal,
     TestCase,
     command_of,
     eventually,
@@ -29,6 +30,15 @@ import threading
 def start(thread):
     raise RuntimeError("can't start new thread")
 threading.Thread.start = start
+"""
+ONE_THREAD = f"""
+import threading
+start_thread = threading.Thread.start
+def start_one(thread):
+    threading.Thread.start = start
+    start_thread(thread)
+{NO_THREADS}
+threading.Thread.start = start_one
 """
 
 BLOCK_SIGNALS = """
@@ -57,6 +67,15 @@ class Starting(TestCase):
             with self.subTest(program=program), Program(*command_of(program, setup=NO_THREADS)) as started:
                 self.assertEqual(started.wait(), 1)
                 self.assertRegex(started.errors(), r"^Cannot start: can't start new thread; [^\n]+\n$")
+
+    def test_no_thread_can_be_started_for_what_comes(self) -> None:
+        """The one that connects has ended by then; with --ssh two more go on."""
+        with Server() as server:
+            command = *command_of(CLIENT, setup=ONE_THREAD), LOOPBACK, str(server.port)
+            with Terminal(*command) as terminal:
+                self.assertEqual(terminal.wait(), 1)
+                self.assertRegex(terminal.screen(), rf"^{GREETING}\nCannot start: can't start new thread; [^\n]+\n$")
+                self.assertEqual(terminal.attributes(), terminal.before)
 
     @unittest.skipUnless(hasattr(signal, "pthread_sigmask"), "needs signal masks: Windows has none")
     def test_signals_that_the_parent_has_blocked_stop_a_server_all_the_same(self) -> None:
