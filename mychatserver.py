@@ -1106,6 +1106,7 @@ STOP_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT",
 FREE_SECONDS_A_READ, FREE_SECONDS_A_BYTE = 100e-6, 15e-9  # of a processor: what honest text takes, and more
 WORK_SHARE = 0.03  # of a processor, for what more a handler works than that,
 WORK_CREDIT_SECONDS = 0.02  # and this at once; Windows' clock of work ticks in almost as much
+COMMAND_SECONDS = 100e-6  # of it, for each command: what that takes depends on how many others are to be told
 
 
 class Bucket:
@@ -1376,7 +1377,7 @@ class Server:
                     self._hear(client, part, work)
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
-                self._room.introduce(client)
+                work.not_for(self._room.introduce, client)
                 work.pay(FREE_SECONDS_A_READ + FREE_SECONDS_A_BYTE * len(block))
             if gate and client.deadline and not client.deadline.left():
                 raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
@@ -1403,8 +1404,9 @@ class Server:
                 return
             work.not_for(self._room.relay, client, lines)
             if command:
-                obey(COMMANDS, command, functools.partial(self._room.reply, client), self._room, client)
-                work.pay()
+                reply = functools.partial(self._room.reply, client)
+                work.not_for(obey, COMMANDS, command, reply, self._room, client)
+                work.take(COMMAND_SECONDS)
 
     def _crossed(self, client: Client) -> None:
         """Note that ``client`` is at the door, in the room or gone; have more accepted if that had to wait."""

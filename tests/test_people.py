@@ -301,6 +301,28 @@ class Rude(People):
         background.join()
 
 
+class Crowded(TestCase):
+    def test_who_takes_names_among_many_does_not_pay_for_telling_them_all(self) -> None:
+        """A send takes 2 ms of a processor here, so that twenty listeners are a crowd."""
+        busy_sends = (
+            "import socket, time\n"
+            "send = socket.socket.sendmsg\n"
+            "def sendmsg(*arguments):\n"
+            "    end = time.thread_time() + 0.002\n"
+            "    while time.thread_time() < end: pass\n"
+            "    return send(*arguments)\n"
+            "socket.socket.sendmsg = sendmsg"
+        )
+        with Server("--quiet", setup=busy_sends) as server, contextlib.ExitStack() as stack:
+            ann, *others = (stack.enter_context(server.peer()) for _ in range(21))
+            begun = time.monotonic()
+            for number in range(40):
+                ann.say(f"/nick ann{number}")
+            ann.say("here I am")
+            others[-1].wait_for("ann39", "here I am")
+            self.assertLess(time.monotonic() - begun, 25)
+
+
 class Private(People):
     def test_a_private_word_is_for_one_alone(self) -> None:
         self.name(self.ann, "ann")
