@@ -90,15 +90,20 @@ def clean(block: bytes) -> bytes:
 
 # --- The screen: everything that is shown goes through here -----------------------------------------------------------
 
-# What tells of people. A label is 24 characters and another server's name.
-LABEL = "([^ :*]{1,64})"
-SAID = re.compile(rf"(\* )?{LABEL}(?(1) to you):(.*)")  # to all, or to us alone
-NOTICE = re.compile(rf"\* {LABEL} (?:joined|is now {LABEL})")
-WHO = re.compile(r"\* \d+ here: (.*?)(?:, and .*)?")
+# What the lines tell that a server says, or we ourselves. A label is 24 characters and another server's name.
+LABEL = "[^ :*]{1,64}"
+HERE = rf"{LABEL}(?: \(you\))?"
+LINE = re.compile(
+    rf"(?P<private>\* )?(?P<speaker>{LABEL})(?(private) to you):(?P<text>.*)"
+    rf"|\* (?P<newcomer>{LABEL}) joined"
+    rf"|\* (?P<old>{LABEL}) is now (?P<new>{LABEL})"
+    rf"|\* \d+ here: (?P<here>{HERE}(?:, {HERE})*)(?:, and .*)?"
+    r"|\* (?P<refusal>name '|not a name: ).*"
+    r"|\* (?P<history>the last (?:line|\d+ lines):)"
+    r"|\* (?P<live>live from here|connected again)"
+)
 LABELS_REMEMBERED = 1_000  # with their colours, and for completion
 COMMANDS = "/help", "/ignore", "/msg", "/nick", "/quit", "/r", "/who"  # the server's, and our own
-HISTORY = re.compile(r"\* the last (?:line|\d+ lines):")
-LIVE_AGAIN = "* live from here", "* connected again"
 # Of labels, with a contrast of 4 or more on black and on white both: of a terminal's 256, or of its first 8.
 COLOURS_OF_256 = tuple(f"\x1b[38;5;{number}m" for number in (28, 161, 27, 130, 164, 30, 99, 64, 31, 131))
 COLOURS_OF_8 = "\x1b[31m", "\x1b[32m", "\x1b[35m", "\x1b[36m"
@@ -118,8 +123,8 @@ class Style:
         colours: Sequence[str] = (),
         clock: bool = False,
         bell: bool = False,
-        learn: bool = False,
         compact: bool = False,
+        is_filter: bool = False,
     ) -> None:
         self.own_label = own_label
         self.asked_for = ""  # the name that we asked for last
@@ -131,7 +136,7 @@ class Style:
         self._gap = "" if compact else "\n"
         self._clock = clock
         self._bell = "\a" if bell else ""
-        self._is_as_it_comes = not (learn or clock or bell or colours)
+        self._is_as_it_comes = is_filter and not clock
         self._in_history = False  # what comes was said earlier
 
     def rows(self, block: bytes) -> bytes:
@@ -156,51 +161,45 @@ class Style:
 
     def _row(self, line: str) -> str:
         """Return a line as it is shown, with its newline; nothing when its speaker is ignored."""
-        is_for_us, row = False, line
-        said = SAID.fullmatch(line)
-        if said:
-            is_private, label, text = said.groups()
-            if label.casefold() in self._ignored:
-                return ""
-            self._remember(label)
-            is_for_us = bool(is_private or naming(self.own_label).search(text))
-            bold = self._bold if is_for_us else ""
-            row = (
-                coloured(bold, line) if is_private else f"{coloured(self.labels[label], label)}:{coloured(bold, text)}"
-            )
-        elif line.startswith("* "):
-            self._notice(line)
-            row = coloured(self._grey, line)
-        if line in LIVE_AGAIN:
-            self._in_history = False
-        time_said = time.strftime("%H:%M ") if self._clock and not self._in_history else ""
-        if HISTORY.fullmatch(line):
-            self._in_history = True
+        found, was_in_history = LINE.fullmatch(line), self._in_history
+        speaker, text, is_private = found.group("speaker", "text", "private") if found else ("", "", "")
+        if speaker and speaker.casefold() in self._ignored:
+            return ""
+        if found:
+            self._take_note(found)
+        is_for_us = bool(speaker and (is_private or naming(self.own_label).search(text)))
+        colour = self._bold if is_for_us else self._grey if line.startswith("* ") else ""
+        row = coloured(colour, line)
+        if speaker and not is_private:
+            row = f"{coloured(self.labels[speaker], speaker)}:{coloured(colour, text)}"
+        is_old = was_in_history and self._in_history
+        time_said = time.strftime("%H:%M ") if self._clock and not is_old else ""
         return f"{self._gap}{time_said}{row}{self._bell if is_for_us else ''}\n"
 
-    def _notice(self, line: str) -> None:
-        """Take note of what a notice tells of people."""
-        if line.startswith(("* name '", "* not a name: ")):
+    def _take_note(self, told: re.Match[str]) -> None:
+        """Take note of what a line tells of people, and of the history."""
+        if told["refusal"]:
             self.asked_for = ""
-        who = WHO.fullmatch(line)
-        for label in who[1].split(", ")[:LABELS_REMEMBERED] if who else ():
-            self._remember(label.removesuffix(" (you)"))
-        notice = NOTICE.fullmatch(line)
-        if notice:
-            label, new_label = notice.groups()
-            if new_label:
-                if label in self.labels:
-                    self.labels[new_label] = self.labels.pop(label)  # with its colour
-                if label.casefold() in self._ignored:
-                    self._ignored = self._ignored - {label.casefold()} | {new_label.casefold()}
-                # The server may see us come from another port than we do.
-                if label == self.own_label or new_label == self.asked_for:
-                    self.own_label, self.asked_for = new_label, ""
-            self._remember(new_label or label)
+        elif told["history"] or told["live"]:
+            self._in_history = bool(told["history"])
+        elif told["here"]:
+            for label in told["here"].split(", "):
+                self._remember(label.removesuffix(" (you)"))
+        else:
+            if told["new"]:
+                self._rename(told["old"], told["new"])
+            self._remember(told["speaker"] or told["newcomer"] or told["new"])
+
+    def _rename(self, old: str, new: str) -> None:
+        if old in self.labels:
+            self.labels[new] = self.labels.pop(old)  # with its colour
+        if old.casefold() in self._ignored:
+            self._ignored = self._ignored - {old.casefold()} | {new.casefold()}
+        if old == self.own_label or new == self.asked_for:  # the server may see us come from another port than we do
+            self.own_label, self.asked_for = new, ""
 
     def _remember(self, label: str) -> None:
-        if re.fullmatch(LABEL, label):  # a server may say anything
-            self.labels[label] = self.labels.pop(label, "") or next(self._colours)
+        self.labels[label] = self.labels.pop(label, "") or next(self._colours)
         if len(self.labels) > LABELS_REMEMBERED:
             del self.labels[next(iter(self.labels))]
 
@@ -616,8 +615,8 @@ def screen_for(options: argparse.Namespace, own_label: str) -> Screen:
     colours: Sequence[str] = COLOURS_OF_256 if "256" in term or os.environ.get("COLORTERM") else COLOURS_OF_8
     if plain or options.no_color or os.environ.get("NO_COLOR") or sys.platform == "win32":  # whose console needs asking
         colours = ()
-    bell, learn = options.bell and os.isatty(1), not plain or options.reconnect
-    style = Style(own_label, colours, options.time, bell, learn, options.compact)
+    is_filter = not os.isatty(1)
+    style = Style(own_label, colours, options.time, options.bell and not is_filter, options.compact, is_filter)
     for editor in EDITORS if not plain else ():
         with contextlib.suppress(*UNUSABLE):
             return editor(style)

@@ -567,7 +567,7 @@ class Looks(SharedServerTestCase):
         self.assertEqual(style("ann", bell=True).rows(b"bob:ann\n"), b"\nbob:ann\a\n")
 
     def test_our_label_where_the_server_sees_another_port(self) -> None:
-        people = mychatclient.Style("54358", learn=True)
+        people = mychatclient.Style("54358")
         people.asked_for = "änn"
         people.rows("* 60000 is now änn\n".encode())
         self.assertEqual(people.own_label, "änn")
@@ -580,7 +580,7 @@ class Looks(SharedServerTestCase):
         self.assertEqual(people.own_label, "bob")
 
     def test_labels_seen(self) -> None:
-        people = mychatclient.Style("54358", learn=True)
+        people = mychatclient.Style("54358")
         for line in (
             "54383:Hi!",
             "* 54396 joined",

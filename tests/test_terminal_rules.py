@@ -326,7 +326,7 @@ class Looks(TestCase):
         self.assertEqual(mychatclient.Style("").beginning("/"), sorted([*mychatserver.COMMANDS, "/ignore"]))
 
     def test_what_a_server_says_is_remembered_within_bounds(self) -> None:
-        people = mychatclient.Style("", learn=True)
+        people = mychatclient.Style("")
         for number in range(3_000 if LONG else 50):
             people.rows(b"* 1 here: " + b"x" * 200_000 + b"\n")
             people.rows(b"* %d is now %s\n" % (number, b"x" * 65))
