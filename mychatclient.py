@@ -220,8 +220,7 @@ class Screen:
 
     def __init__(self, style: Style) -> None:
         self.style = style
-        self.gone = False  # nobody reads it any more, as after ``| head -1``, or nothing more can be written
-        self.problem = ""  # why nothing can be, as on a full disk
+        self.error: OSError | None = None  # why nothing more can be shown
         self.is_busy = False  # the main thread may neither draw nor be interrupted: set by it alone
         # Unbuffered, so that nothing is left to fail at exit; on Windows this finds the console and its Unicode.
         self._file = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for good
@@ -302,9 +301,7 @@ class Screen:
                         os.set_blocking(1, True)  # it may be shared with a program that sets it otherwise
                     rest = rest[self._file.write(rest) or 0 :]
             except OSError as error:
-                self.gone = True
-                if error.errno not in (errno.EPIPE, errno.EINVAL):  # the reader has left; on Windows it is EINVAL
-                    self.problem = error.strerror or str(error)
+                self.error = error
 
 
 if sys.platform != "win32":
@@ -526,9 +523,8 @@ class PromptToolkitEditor(Screen):
 
             tty.setcbreak(0, termios.TCSANOW)  # what is typed or pasted between two lines is left for the editor
             settings = termios.tcgetattr(0)
-            settings[3] |= (
-                termios.NOFLSH
-            )  # or a Ctrl-C between two lines would wake nobody who waits to write, on Linux
+            # Or a Ctrl-C between two lines would wake nobody who waits to write, on Linux.
+            settings[3] |= termios.NOFLSH
             termios.tcsetattr(0, termios.TCSANOW, settings)
 
     # Runs in the receive thread
@@ -1142,10 +1138,12 @@ class Conversation:
         forget_typed()
         if self._ended_by not in (0, signal.SIGINT):
             raise Ended(self._ended_by)
-        if self._screen.gone and not self._ended_by:
-            if self._screen.problem:
-                warn(f"Cannot show what comes: {self._screen.problem}; give standard output another place.")
-            return 1 if self._screen.problem else 0
+        error = self._screen.error
+        if error and not self._ended_by:
+            if error.errno in (errno.EPIPE, errno.EINVAL):  # its reader has left, as ``head`` does; EINVAL on Windows
+                return 0
+            warn(f"Cannot show what comes: {error.strerror or error}; give standard output another place.")
+            return 1
         if self._problem and not self._ended_by:
             warn(f"Connection lost: {self._problem}")
         self._screen.say_last(FAREWELL)
@@ -1158,7 +1156,7 @@ class Conversation:
         try:
             for block in self._connections.blocks():
                 self._screen.show(block)
-                if self._screen.gone:
+                if self._screen.error:
                     break
         except NotConnected as error:
             self._problem = str(error)
