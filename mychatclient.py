@@ -633,7 +633,6 @@ TRY_LATER = "try again later, or ask whoever runs it."
 TURNED_AWAY = f"the server has turned this client away; {TRY_LATER}"
 SERVER_CLOSED = f"the server closed the connection; {TRY_LATER}"
 NEEDS_TLS = "that server speaks TLS; join it with --tls, or with --tls-ca and its certificate."
-TIMEOUTS = socket.timeout, TimeoutError  # the same from 3.10 on
 
 
 class NotConnected(Exception):
@@ -656,7 +655,7 @@ class Connection:
         self._is_direct = is_direct  # else its other end is that of ssh, which tells nothing of the network
         # What a server calls us first if it is no further than the other end.
         self.label = str(sock.getsockname()[1]) if is_direct else ""
-        self._unread = b""  # received, and put back
+        self._unread = b""  # received, but only looked at
         # Set by who sends.
         self._sent_bytes = 0
         self._lines: collections.deque[tuple[int, float]] = collections.deque(maxlen=DOUBTED_LINES)  # end, and when
@@ -670,27 +669,24 @@ class Connection:
     def _receive(self, seconds: float) -> bytes | None:
         return self.sock.recv(READ_BYTES) if is_ready(self.sock, selectors.EVENT_READ, seconds) else None
 
-    def put_back(self, data: bytes) -> None:
-        """Have what was received be received again, next."""
-        self._unread = data + self._unread
+    def peek_line(self, seconds: float) -> bytes | None:
+        """Return the next line, or what there is of it in so many seconds, at the end, or if it is far too long.
 
-    def peek(self, seconds: float) -> bytes | None:
-        """Return what comes next, as ``receive``, which returns it again."""
-        data = self.receive(seconds)
-        self.put_back(data or b"")
-        return data
+        Return None if nothing comes. What is returned is received again. Raises OSError.
+        """
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unread and len(self._unread) <= MAX_LINE_BYTES:
+            data = self._receive(max(0.0, deadline - time.monotonic()))
+            if not data:
+                return self._unread or data
+            self._unread += data
+        return self._unread[: self._unread.find(b"\n") + 1] or self._unread
 
     def read_line(self, seconds: float) -> bytes:
-        """Return the next line, or what there is of it in so many seconds, at the end, or if it is far too long."""
-        deadline = time.monotonic() + seconds
-        text = b""
-        while b"\n" not in text and len(text) <= MAX_LINE_BYTES:
-            data = self.receive(max(0.0, deadline - time.monotonic()))
-            if not data:
-                break
-            text += data
-        line, newline, self._unread = text.partition(b"\n")
-        return line + newline
+        """Return the same, nothing if nothing comes; it is not received again."""
+        line = self.peek_line(seconds) or b""
+        self._unread = self._unread[len(line) :]
+        return line
 
     def send(self, data: bytes) -> bool:
         """Send all; return whether that worked. If not, what is received tells why. Blocks."""
@@ -801,7 +797,10 @@ CONNECTING_PROBLEMS: tuple[tuple[Any, str], ...] = (  # the first of these kinds
         "No server at {host} port {port}: start mychatserver.py there, for other machines with --lan, "
         "or give another port.",
     ),
-    (TIMEOUTS, "No answer from {host} port {port}: check the address; a firewall or another network may be between."),
+    (
+        (socket.timeout, TimeoutError),  # the same from 3.10 on
+        "No answer from {host} port {port}: check the address; a firewall or another network may be between.",
+    ),
     (OSError, "Cannot reach {host} port {port}: {error.strerror}; check the address and this machine's network."),
 )
 
@@ -960,7 +959,7 @@ class Connections:
         time.sleep(RECONNECT_SECONDS)  # nothing tells when a server is there again
         try:
             connection = connect_again()
-            beginning = connection.peek(ADMITTED_SECONDS)
+            beginning = connection.peek_line(ADMITTED_SECONDS)
         except (OSError, Lost):  # not yet
             return False
         if beginning is not None and (not beginning or beginning.startswith(REFUSED)):
@@ -1193,15 +1192,15 @@ class Password:
 
         Blocks for a person who has to type it. Raises EOFError at Ctrl-D, OSError or NotConnected.
         """
-        beginning = connection.read_line(QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds)
-        if beginning != QUESTION:
-            connection.put_back(beginning)
-        while beginning == QUESTION and not self._is_right(connection):
-            self._tries -= 1
-            if self._tries <= 0:
-                raise NotConnected(WRONG)
-            warn("Wrong password, try again.")
-            self._known = b""
+        seconds = QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds
+        if connection.peek_line(seconds) == QUESTION:
+            connection.read_line(0.0)
+            while not self._is_right(connection):
+                self._tries -= 1
+                if self._tries <= 0:
+                    raise NotConnected(WRONG)
+                warn("Wrong password, try again.")
+                self._known = b""
         self._tries = 0
 
     def _is_right(self, connection: Connection) -> bool:
@@ -1242,25 +1241,21 @@ if sys.platform != "win32":
         getpass sees to neither: some shells would echo nothing, others echo the password that is typed after ``fg``.
         """
         terminal = os.open("/dev/tty", os.O_RDWR)  # or getpass would read standard input
-        as_it_was, unseen = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
-        unseen[3] &= ~termios.ECHO
+        as_it_was = termios.tcgetattr(terminal)
 
-        def on_job_control(number: int, _: object) -> None:
-            with contextlib.suppress(termios.error, OSError):  # it is gone
-                if number == signal.SIGTSTP:
-                    termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
-                    signal.raise_signal(signal.SIGTTIN)  # which has no handler; without a shell it does nothing
-                wait_for_foreground()
-                termios.tcsetattr(terminal, termios.TCSANOW, unseen)
-                os.write(terminal, b"\rPassword: ")
+        def stop(*_: object) -> None:
+            unseen = termios.tcgetattr(terminal)
+            termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
+            signal.raise_signal(signal.SIGTTIN)  # which has no handler; in a group without a shell it does nothing
+            wait_for_foreground()
+            termios.tcsetattr(terminal, termios.TCSANOW, unseen)
+            os.write(terminal, b"\rPassword: ")
 
-        handle((signal.SIGTSTP, signal.SIGCONT), on_job_control)
+        handle((signal.SIGTSTP,), stop)
         try:
             yield
         finally:
-            handle((signal.SIGTSTP, signal.SIGCONT), signal.SIG_DFL)
-            with contextlib.suppress(termios.error):  # likewise
-                termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
+            handle((signal.SIGTSTP,), signal.SIG_DFL)
             os.close(terminal)
 
 
@@ -1500,7 +1495,7 @@ def through_ssh(cleanup: contextlib.ExitStack, target: str, host: str, port: int
         line = connection.read_line(deadline - time.monotonic())
     if line.strip() != SSH_READY:
         raise NotConnected(f"No connection to {target}: ssh says why above; try ssh {target} alone first.")
-    if connection.peek(SSH_REFUSAL_SECONDS) == b"":
+    if connection.peek_line(SSH_REFUSAL_SECONDS) == b"":
         raise NotConnected(
             f"No server at {host} port {port} of {target}: start mychatserver.py there, or give another port "
             "after the host; ssh says above what it found."
