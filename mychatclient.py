@@ -939,17 +939,18 @@ class Connections:
             except self.expected:
                 return
             except Lost:
-                acknowledged, told = self.current.acknowledged(), b""
+                told = b""
+                acknowledged = self.current.acknowledged()
                 if self.connect_again:
                     self.current.close()  # before a word of it, or a line entered just after would be lost
+                    told = b"* connection lost, trying again\n"
                 doubtful = self.current.doubtful_lines(acknowledged)  # after that, or one entered just before would be
                 if doubtful:
                     lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
-                    told = f"* {lines} perhaps not delivered\n".encode()
+                    told = f"* {lines} perhaps not delivered\n".encode() + told
+                yield told
                 if not self.connect_again:
-                    yield told
                     raise
-                yield told + b"* connection lost, trying again\n"
                 while not self._has_reconnected(self.connect_again):
                     yield b""
                 yield b"* connected again\n"
@@ -1172,7 +1173,6 @@ QUESTION = b"* password?\n"
 QUESTION_SECONDS = 2.0  # in which a server has asked that wants the password that is known
 ASKED_SECONDS = 0.1  # in which it has asked otherwise, and twice the time that connecting took
 ANSWER_SECONDS = 10.0  # in which it has taken or refused what it was given
-TRIES = 3  # for a person: what the server allows
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")  # with which Windows' editors begin a file
 WRONG = "Wrong password: ask whoever runs the server for it, and try again."
 UNANSWERED = "A password is asked for: give --password-file FILE, --password in a terminal, or MYCHAT_PASSWORD."
@@ -1184,8 +1184,8 @@ class Password:
 
     def __init__(self, known: bytes, is_typed: bool) -> None:
         self._known = known
-        # That a person has. The server that we join again gets what the first one took: in mid-chat nobody is asked.
-        self._tries = TRIES if is_typed or (not known and os.isatty(0)) else 0
+        # The server that we join again gets what the first one took: in mid-chat nobody is asked.
+        self._may_ask = is_typed or (not known and os.isatty(0))
 
     def enter(self, connection: Connection, connecting_seconds: float) -> None:
         """Wait for the server to ask for the password, and give it; without a question, return.
@@ -1196,24 +1196,24 @@ class Password:
         if connection.peek_line(seconds) == QUESTION:
             connection.read_line(0.0)
             while not self._is_right(connection):
-                self._tries -= 1
-                if self._tries <= 0:
-                    raise NotConnected(WRONG)
                 warn("Wrong password, try again.")
                 self._known = b""
-        self._tries = 0
+        self._may_ask = False
 
     def _is_right(self, connection: Connection) -> bool:
-        """Give the password, which a person may have to type; return whether the server takes it."""
-        if not self._known and not self._tries:
+        """Give the password, which a person may have to type; return whether that was the right one."""
+        if not self._known and not self._may_ask:
             raise NotConnected(UNANSWERED)
         self._known = self._known or password_typed()
         connection.send(self._known + b"\n")
         reply = connection.read_line(ANSWER_SECONDS)
-        if reply not in (b"* password accepted\n", b"* wrong password\n", REFUSED + b"wrong password\n"):
+        is_wrong = reply == b"* wrong password\n"
+        if reply == REFUSED + b"wrong password\n" or (is_wrong and not self._may_ask):
+            raise NotConnected(WRONG)
+        if not is_wrong and reply != b"* password accepted\n":
             said = clean(reply).decode().strip("* \n") or "it has not answered"
             raise Lost(f"The server has not let us in: {said}; {TRY_LATER}")
-        return reply == b"* password accepted\n"
+        return not is_wrong
 
 
 def password_typed() -> bytes:
