@@ -530,10 +530,13 @@ class PromptToolkitEditor(Screen):
     # Runs in the receive thread
 
     def show(self, block: bytes) -> None:
+        if not block:
+            super().wake()  # for a signal that came when the loop was done, and the main thread went on to send
+            return
         self._shown.clear()
         self._block = block
         self._have_loop_catch_up()
-        while block and not self._shown.is_set():
+        while not self._shown.is_set():
             if self._lock.acquire(blocking=False):
                 self._catch_up()
                 self._lock.release()

@@ -44,6 +44,19 @@ mychatclient.sys = types.SimpleNamespace(**{**vars(sys), "platform": "win32"})
 mychatclient.EDITORS = [mychatclient.PromptToolkitEditor]
 tty.setcbreak(0)  # a console shows nothing by itself
 """
+# For the same: a signal comes when the editor is done with a line, which then is not taken from the client.
+SIGNAL_BEHIND_A_LINE = f"""
+import os.path, signal, sys, threading
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import mychatclient, prompt_toolkit
+prompt = prompt_toolkit.PromptSession.prompt
+def prompt_and_signal(*arguments, **keywords):
+    line = prompt(*arguments, **keywords)
+    signal.raise_signal(signal.SIGTERM)
+    return line
+prompt_toolkit.PromptSession.prompt = prompt_and_signal
+mychatclient.Connection.send_line = lambda *_: threading.Event().wait({SECONDS})
+"""
 NEEDS_PROMPT_TOOLKIT = unittest.skipUnless(
     importlib.util.find_spec("prompt_toolkit"), "needs prompt_toolkit: python -m pip install prompt_toolkit"
 )
@@ -272,6 +285,12 @@ class Endings(WithoutReadline, test_terminal.Endings):
         self.assertEqual(client.wait(), 130)
         self.assertEqual(client.attributes(), client.before)
         self.assertTrue(client.screen().endswith("\nDisconnected from server\n"))
+
+    def test_a_signal_between_a_line_and_its_sending(self) -> None:
+        with Judged(10, "--no-color", constants={"SILENCE_SECONDS": 0.1}, setup=SIGNAL_BEHIND_A_LINE) as client:
+            client.type("Hi!\r")
+            self.assertEqual(client.wait(), -signal.SIGTERM)
+            self.assertEqual(client.attributes(), client.before)
 
     def enter_much(self, client: test_terminal.Judged, number: int) -> None:
         client.type(f"\x1b[200~{number:3900}\x1b[201~\r")
