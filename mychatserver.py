@@ -1803,7 +1803,7 @@ OPERATOR_COMMANDS: Commands = {
 HANDSHAKE_SECONDS = 10.0  # in which a TLS handshake must be finished
 TLS_READ_BYTES = READ_BYTES - 18_437  # of ciphertext at once: with a record that began before, no more text than that
 TLS_SILENT_BYTES = 32_768  # of ciphertext without any text in it: honest peers send records of half of this
-TLS_OUTBOX_BYTES = 16_777_216  # more than the room leaves in one: its owner asks for new keys and does not read them
+TLS_OUTPUT_BYTES = 16_384  # that a peer's own TLS may have ours answer at once: hundreds of new keys
 
 
 def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
@@ -1890,13 +1890,11 @@ class TlsClient(Client):
             with self._lock:
                 self._received.write(data)
                 text = self._text()
-                waiting = self.give([])  # what TLS itself has to answer
-            if waiting > TLS_OUTBOX_BYTES:
-                raise ConnectionAbortedError
+                if self._output.pending > TLS_OUTPUT_BYTES or (silent > TLS_SILENT_BYTES and text is None):
+                    raise ConnectionAbortedError
+                self.give([])  # what TLS itself has to answer
             if text is not None:
                 return text
-            if silent > TLS_SILENT_BYTES:
-                raise ConnectionAbortedError
             data = super().recv(min(size, TLS_READ_BYTES))
             if not data:
                 raise ConnectionResetError
