@@ -1494,15 +1494,13 @@ class Discovery(socket.socket):
 
     def __init__(self, port: int) -> None:
         """Tell of a chat on ``port`` whoever asks. Raises OSError when DISCOVERY_PORT is taken."""
-        import secrets
-
         super().__init__(socket.AF_INET, socket.SOCK_DGRAM)
         # So that a second server on this machine hears the questions too.
         shared = getattr(socket, "SO_REUSEPORT" if sys.platform == "darwin" else "SO_REUSEADDR")
         self.setsockopt(socket.SOL_SOCKET, shared, 1)
         self.bind(("", DISCOVERY_PORT))
         name = re.sub("[^0-9A-Za-z.-]", "-", socket.gethostname())[:63] or "-"
-        self._fields = f"{secrets.token_hex(8)} {port} {name}".encode()
+        self._fields = f"{os.urandom(8).hex()} {port} {name}".encode()
         # Of the last second: which it was, how much was read in it, and the answers to each host.
         self._second, self._count, self._answers = 0, 0, collections.Counter[str]()
 
@@ -2007,7 +2005,6 @@ class Link(Writer):
         import concurrent.futures
         import importlib
         import logging
-        import secrets
 
         try:
             self._library: Any = importlib.import_module("nats.aio.client")
@@ -2025,7 +2022,7 @@ class Link(Writer):
         self._tls = tls_to_nats(options.nats_ca)
         creds = options.nats_creds
         self._credentials = self._library.RawCredentials(credentials(creds)) if creds is not None else None
-        self._id = secrets.token_hex(8)
+        self._id = os.urandom(8).hex()
         self._arrivals = Writer("arrivals", functools.partial(room.relay, self), "from the other servers not shown")
         self._is_linked = threading.Event()  # and the other servers have had time to be
         self._tell = functools.lru_cache(maxsize=1)(errors.say)  # a problem once, until it is another
@@ -2402,10 +2399,9 @@ def write_to_log(path: str, errors: Writer) -> Callable[[bytes], None]:
 
 def open_at_once(path: str, flags: int) -> int:
     """Open like ``os.open``, but raise OSError for a FIFO that nobody reads, rather than wait for somebody."""
-    if sys.platform == "win32":
-        return os.open(path, flags, 0o666)
-    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
-    os.set_blocking(descriptor, True)
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)  # Windows has neither
+    if sys.platform != "win32":
+        os.set_blocking(descriptor, True)
     return descriptor
 
 
