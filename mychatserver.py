@@ -562,7 +562,8 @@ CLIENT_BUDGET_BYTES = 262_144  # this at most
 EPOCH_SECONDS = 60.0  # so long at most: whoever is a slow consumer then is evicted
 REPLY_BYTES = 65_536  # a client's command is answered, and private words reach it, if no more waits for it
 # So no outbox is larger than HIGH_WATER_BYTES and a round, as it may be when the first becomes a slow consumer, with
-# QUEUE_BYTES and a block from the queue, and the budget of an epoch and of the next.
+# QUEUE_BYTES and a block from the queue, and the budget of an epoch and of the next. With --announce, what is told of
+# those who come and go in EPOCH_SECONDS is on top.
 WHO_SHOWN = 50  # labels in one answer to /who
 
 
@@ -1134,7 +1135,7 @@ class Work(Bucket):
 
     def __init__(self) -> None:
         super().__init__(WORK_SHARE, WORK_CREDIT_SECONDS)
-        self._worked = time.thread_time()  # when it was last paid for
+        self._worked = time.thread_time()  # up to here it is paid for, or was for others
 
     def pay(self, free_seconds: float = 0.0) -> None:
         """Pay for what the calling thread has worked since the last call, but for so many seconds. Blocks."""
@@ -1342,8 +1343,8 @@ class Server:
         """Serve one client from its arrival to its end.
 
         Ends because whatever it waits for ends: ``recv`` and the wait to have its say (``Room._wait``), as
-        ``Room.evict`` wakes both; the turn, as rounds are bounded and nobody broadcasts for ever; its pace, its work,
-        the door and ``drain``, as they have a deadline.
+        ``Room.evict`` wakes both; the turn, as rounds are bounded and nobody broadcasts for ever; the door and
+        ``drain``, as they have a deadline; the pauses for its pace and its work, which are as long as what it sent.
         """
         try:
             if self._guests.have_door:
