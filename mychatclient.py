@@ -823,7 +823,7 @@ def blocks_from(connection: Connection) -> Iterator[bytes]:
     """
     data: bytes | None = None
     block = partial = b""
-    begins, sends_newlines, is_typed = True, False, False
+    sends_newlines = is_typed = False
     problem: Lost = Closed(SERVER_CLOSED)
     while data != b"":
         try:
@@ -840,9 +840,8 @@ def blocks_from(connection: Connection) -> Iterator[bytes]:
             whole, partial = whole + partial + b"\n", b""
         if not sends_newlines:
             is_typed = bool(partial) and (is_typed or len((data or b"").decode("utf-8", "replace")) == 1)
-        if begins and whole:
+        if whole and not block:
             check_beginning(whole)
-            begins = False
         if whole or data is None:
             yield clean(whole.replace(b"\r\n", b"\n"))
         block = whole or block
@@ -1626,13 +1625,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.port = options.port or options.port_option or port_of_host
     if options.reconnect and not (os.isatty(0) and os.isatty(1)):
         parser.error("--reconnect is for a terminal: what comes through a pipe meanwhile would be lost")
-    if options.reconnect and options.ssh is not None:
-        parser.error("--reconnect does not go with --ssh, which may have to ask again: leave one of them out")
     if options.lan and any(given is not None for given in (options.host, options.port, options.ssh)):
         parser.error("--lan finds host and port by itself: leave out what else tells whom to join")
     options.tls = options.tls or options.tls_ca is not None
-    if options.tls and options.ssh is not None:
-        parser.error("--ssh encrypts already: leave --tls out")
+    if options.ssh is not None and (options.tls or options.reconnect):
+        parser.error(
+            "--ssh goes with neither --tls, as it encrypts already, nor --reconnect, as it may have to ask again"
+        )
     options.host = DEFAULT_HOST if options.host is None else options.host
     options.port = DEFAULT_PORT if options.port is None else options.port
     return options

@@ -329,7 +329,9 @@ class Trust(TestCase):
             self.fails(port, "--tls-ca", path, sentence=f"Cannot read {path}: {reason}; give --tls-ca the server's PEM")
 
     def test_through_ssh_it_is_one_encryption_too_many(self) -> None:
-        self.fails(1, "--tls", "--ssh", "box", sentence="--ssh encrypts already: leave --tls out", status=2)
+        self.fails(
+            1, "--tls", "--ssh", "box", sentence="--ssh goes with neither --tls, as it encrypts already", status=2
+        )
 
     def test_a_server_without_tls(self) -> None:
         """This project's, and one that answers something else; neither is told a word."""
