@@ -1044,9 +1044,8 @@ class Conversation:
         self._connections = connections
         self._screen = screen
         self._is_typed = os.isatty(0)  # asked once: a terminal that has hung up is none any more
-        # Set by the receive thread.
-        self._is_over = False  # nothing more comes
-        self._problem = ""  # why not, if that is a surprise; set before
+        # Set by the receive thread when nothing more comes: why not, or nothing where that is no surprise.
+        self._problem: str | None = None
         # Set by the main thread, where the handler of signals runs, too.
         self._is_interruptible = False  # the handler may draw, and raise
         self._ended_by = 0  # this signal
@@ -1102,7 +1101,7 @@ class Conversation:
     def _wait_for_server(self, is_patient: bool) -> None:
         """Wait for the server to close; unless patient, only while what was sent still moves on its way there."""
         moved, before = time.monotonic(), None
-        while not self._is_over and self._connections.current.sock.fileno() >= 0:  # closed, it was lost
+        while self._problem is None and self._connections.current.sock.fileno() >= 0:  # closed, it was lost
             unsent = self._connections.current.unsent()
             if unsent != before:
                 moved, before = time.monotonic(), unsent
@@ -1130,7 +1129,7 @@ class Conversation:
         self._screen.is_busy = True
         try:
             self._screen.draw()
-            if self._ended_by or self._is_over:
+            if self._ended_by or self._problem is not None:
                 self._screen.end_line(self._ended_by == signal.SIGINT)
         finally:
             self._screen.is_busy = False
@@ -1155,14 +1154,15 @@ class Conversation:
 
     def _receive(self) -> None:
         """Show what comes until the last connection ends; then get the main thread out of its wait."""
+        problem = ""
         try:
             for block in self._connections.blocks():
                 self._screen.show(block)
                 if self._screen.error:
                     break
         except NotConnected as error:
-            self._problem = str(error)
-        self._is_over = True
+            problem = str(error)
+        self._problem = problem
         while self._is_interruptible:
             if not self._screen.wake():
                 os._exit(self._farewell())
