@@ -1221,9 +1221,12 @@ class Password:
 def password_typed() -> bytes:
     """Ask for the password, unseen. Blocks; raises EOFError at Ctrl-D and ``exit``, NotConnected without a terminal."""
     try:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as cleanup:
             if sys.platform != "win32":
-                stack.enter_context(asking())
+                terminal = os.open("/dev/tty", os.O_RDWR)  # or getpass would read standard input
+                cleanup.callback(os.close, terminal)
+                handle((signal.SIGTSTP,), functools.partial(stop_asking, terminal, termios.tcgetattr(terminal)))
+                cleanup.callback(handle, (signal.SIGTSTP,), signal.SIG_DFL)
             password = getpass.getpass()
     except OSError:  # the terminal is not this process's own, as under ``su -c``
         raise NotConnected(UNANSWERED) from None
@@ -1236,29 +1239,17 @@ def password_typed() -> bytes:
 
 if sys.platform != "win32":
 
-    @contextlib.contextmanager
-    def asking() -> Iterator[None]:
-        """Have Ctrl-Z give the shell a terminal with echo, and ``fg`` ask again without. Raises OSError.
+    def stop_asking(terminal: int, as_it_was: list[Any], *_: object) -> None:
+        """Give the shell its terminal with echo, and stop, as Ctrl-Z asks; ask again, unseen, when we are continued.
 
         getpass sees to neither: some shells would echo nothing, others echo the password that is typed after ``fg``.
         """
-        terminal = os.open("/dev/tty", os.O_RDWR)  # or getpass would read standard input
-        as_it_was = termios.tcgetattr(terminal)
-
-        def stop(*_: object) -> None:
-            unseen = termios.tcgetattr(terminal)
-            termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
-            signal.raise_signal(signal.SIGTTIN)  # which has no handler; in a group without a shell it does nothing
-            wait_for_foreground()
-            termios.tcsetattr(terminal, termios.TCSANOW, unseen)
-            os.write(terminal, b"\rPassword: ")
-
-        handle((signal.SIGTSTP,), stop)
-        try:
-            yield
-        finally:
-            handle((signal.SIGTSTP,), signal.SIG_DFL)
-            os.close(terminal)
+        unseen = termios.tcgetattr(terminal)
+        termios.tcsetattr(terminal, termios.TCSANOW, as_it_was)
+        signal.raise_signal(signal.SIGTTIN)  # which has no handler; in a group without a shell it does nothing
+        wait_for_foreground()
+        termios.tcsetattr(terminal, termios.TCSANOW, unseen)
+        os.write(terminal, b"\rPassword: ")
 
 
 def password_from(path: str | None) -> bytes:
