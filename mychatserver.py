@@ -2031,7 +2031,7 @@ class Link(Writer):
         self._urls: list[Node] = options.nats
         self._node = self._urls[0]  # the last that was tried
         self._nats: Any = None  # the library's client: of the connection with this number
-        self._number = 1
+        self._number = 0
         self._lost: asyncio.Event  # the connection is closed, or NATS does not answer
         self._heard: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the last NUMBER, by NAME and ID
         loop = asyncio.new_event_loop()
@@ -2138,7 +2138,7 @@ class Link(Writer):
         )
         await nats.subscribe(f"mychat.{self._room_name}.>", cb=self._hear)
         await nats.flush(LINK_CONNECT_SECONDS)
-        self._nats, self._lost = nats, lost
+        self._nats, self._lost, self._number = nats, lost, self._number + 1
 
     async def _stay_linked(self) -> None:
         """Give signs of life; whenever the link is lost, tell people, and connect again. Does not end."""
@@ -2160,7 +2160,6 @@ class Link(Writer):
                 except Unusable as problem:
                     self._tell(str(problem))
                     await asyncio.sleep(LINK_PAUSE_SECONDS)
-            self._number += 1
             self._tell.cache_clear()
             self._arrivals.say("* link restored")
             await asyncio.sleep(LINK_PAUSE_SECONDS)  # the other servers may have been cut off, too
