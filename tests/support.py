@@ -717,7 +717,7 @@ def heard_line_by_line(test: TestCase, peers: list[Peer], background: Background
     return heard
 
 
-# For what takes long and is the same on every Python: .ci/run has it run on one of them.
+# For what takes long. Some of it .ci/run has run on one Python, and what differs between them on each.
 LONG = "MYCHAT_LONG" in os.environ
 once = unittest.skipUnless(LONG, "needs time: MYCHAT_LONG=1 python -m unittest")
 
