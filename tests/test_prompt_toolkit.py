@@ -5,11 +5,9 @@ prompt_toolkit moves the cursor about, so what is looked at is never its output,
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import importlib.util
 import pathlib
-import random
 import signal
 import socket
 import sys
@@ -19,7 +17,7 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from tests import support, test_reference, test_terminal
+from tests import support, test_reference, test_terminal, test_terminal_rules
 from tests.support import (
     CLIENT,
     LONG,
@@ -113,6 +111,14 @@ class Judged(test_terminal.Judged, Emulated):
         return self.shows()
 
 
+class EmulatedLast(Emulated):
+    """The same, but the screen is made of what was shown last alone: of a whole flood that would take long."""
+
+    def screen(self) -> str:
+        self._fed = max(self._fed, len(self.output) - 10_000)
+        return super().screen()
+
+
 class WithoutReadline(unittest.TestCase):
     """Has the programs of other tests find no readline, and run in such terminals."""
 
@@ -124,6 +130,7 @@ class WithoutReadline(unittest.TestCase):
             mock.patch.object(test_reference, "Terminal", Emulated),
             mock.patch.object(test_terminal, "Terminal", Emulated),
             mock.patch.object(test_terminal, "Judged", Judged),
+            mock.patch.object(test_terminal_rules, "Terminal", EmulatedLast),
         ):
             patch.__enter__()
             self.addCleanup(patch.__exit__, None, None, None)
@@ -342,34 +349,14 @@ class Endings(WithoutReadline, test_terminal.Endings):
                     self.assertEqual(client.wait(), 1)
                     self.assertIn(f"{GREETING}\nHi!\nConnection lost: ", client.screen())
 
-    def test_the_end_in_the_middle_of_a_flood(self) -> None:
-        """The status is the right one, whatever is being drawn at that moment, and the terminal is as before."""
-        for seed in range(100 if LONG else 6):
-            for typed, status in (("\x03", 130), ("", 1)):
-                with self.subTest(seed=seed, typed=typed), Judged(10, "--no-color") as client:
-                    background = Background()
-                    client.type("half a li")
 
-                    def flood(server: socket.socket = client.server) -> None:
-                        with contextlib.suppress(OSError):  # the client has left
-                            while True:
-                                server.sendall(b"54358:message of a flood\n")
+@test_terminal.NEEDS_PYTE
+@NEEDS_PROMPT_TOOLKIT
+class InMidFlood(WithoutReadline, test_terminal_rules.InMidFlood):
+    """The same endings, whatever the editor is drawing at that moment."""
 
-                    background.run(flood)
-                    deadline = time.monotonic() + random.Random(seed).uniform(0.05, 0.3)
-                    while time.monotonic() < deadline:
-                        client.read(0.01)
-                    client.type(typed)
-                    if not typed:
-                        client.server.shutdown(socket.SHUT_RDWR)
-                    deadline = time.monotonic() + SECONDS
-                    while client.process.poll() is None and time.monotonic() < deadline:
-                        client.read(0.01)
-                    self.assertEqual(client.wait(), status)
-                    self.assertEqual(client.attributes(), client.before)
-                    with contextlib.suppress(OSError):  # it is done already
-                        client.server.shutdown(socket.SHUT_RDWR)
-                    background.join()
+    # That one has all editors.
+    test_ctrl_c_while_the_terminal_takes_no_more = None  # type: ignore[assignment]
 
 
 @test_terminal.NEEDS_PYTE
