@@ -84,6 +84,7 @@ class Flow(Room):
         expected = as_heard(pourer.label, lines)
         self.pour(pourer, lines)
         listener = self.listen(later, expected)
+        listener.wait_for(3 * MB)
         said = 0
         with contextlib.suppress(Overdue):  # the pourer has had its share: the leaver is more than 1 MiB behind
             while True:
