@@ -1616,15 +1616,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.port = options.port or options.port_option or port_of_host
     if options.reconnect and not (os.isatty(0) and os.isatty(1)):
         parser.error("--reconnect is for a terminal: what comes through a pipe meanwhile would be lost")
-    if options.lan and any(given is not None for given in (options.host, options.port, options.ssh)):
+    if options.lan and (options.host or options.port or options.ssh is not None):
         parser.error("--lan finds host and port by itself: leave out what else tells whom to join")
     options.tls = options.tls or options.tls_ca is not None
     if options.ssh is not None and (options.tls or options.reconnect):
         parser.error(
             "--ssh goes with neither --tls, as it encrypts already, nor --reconnect, as it may have to ask again"
         )
-    options.host = DEFAULT_HOST if options.host is None else options.host
-    options.port = DEFAULT_PORT if options.port is None else options.port
+    options.host = options.host or DEFAULT_HOST
+    options.port = options.port or DEFAULT_PORT
     return options
 
 
