@@ -172,7 +172,7 @@ class Style:
         row = coloured(colour, line)
         if speaker and not is_private:
             row = f"{coloured(self.labels[speaker], speaker)}:{coloured(colour, text)}"
-        is_old = was_in_history and self._in_history
+        is_old = was_in_history and self._in_history  # where one of them is not, this line begins or ends the history
         time_said = time.strftime("%H:%M ") if self._clock and not is_old else ""
         return f"{self._gap}{time_said}{row}{self._bell if is_for_us else ''}\n"
 
@@ -191,6 +191,7 @@ class Style:
             self._remember(told["speaker"] or told["newcomer"] or told["new"])
 
     def _rename(self, old: str, new: str) -> None:
+        """Have what was known of one label hold for another."""
         if old in self.labels:
             self.labels[new] = self.labels.pop(old)  # with its colour
         if old.casefold() in self._ignored:
