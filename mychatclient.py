@@ -831,7 +831,7 @@ def blocks_from(connection: Connection) -> Iterator[bytes]:
             data = connection.receive(SILENCE_SECONDS)
         except OSError as error:
             data = b""
-            problem = Lost(f"{error.strerror or error}; check the network, and whether the server still runs.")
+            problem = Lost(f"{error.strerror}; check the network, and whether the server still runs.")
         partial += data or b""
         end = partial.rfind(b"\n") + 1
         sends_newlines = sends_newlines or end > 0
@@ -1386,9 +1386,8 @@ class SecureConnection(Connection):
             except ssl.SSLWantWriteError:
                 event = selectors.EVENT_WRITE
             except ssl.SSLError as error:
-                raise OSError(
-                    "it was cut off, without TLS's own end" if is_cut(error) else f"TLS failed: {error.reason}"
-                ) from None
+                reason = "it was cut off, without TLS's own end" if is_cut(error) else f"TLS failed: {error.reason}"
+                raise OSError(errno.EPROTO, reason) from None  # so that it has a strerror, as the system's own
             if not is_ready(self.sock, event, seconds):
                 return None
 

@@ -802,6 +802,29 @@ class Ends(TestCase):
             self.assertEqual(program.wait(), 1)
             self.assertRegex(program.errors(), "^Connection lost: [^\n]+\n$")
 
+    def test_why_tls_fails_between_the_handshake_and_the_chat(self) -> None:
+        """When a server would ask for its password, or demands a certificate of the client."""
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(pem("good"))
+
+        def cut(connection: socket.socket) -> None:
+            tls.wrap_socket(connection, server_side=True).close()
+
+        def garble(connection: socket.socket) -> None:
+            with tls.wrap_socket(connection, server_side=True) as secured:
+                socket.socket.send(secured, b"\x17\x03\x03\x00\x30" + b"garbage." * 6)
+                with contextlib.suppress(OSError):
+                    secured.recv(100)
+
+        for serve, reason in (cut, "it was cut off, without TLS's own end"), (garble, "TLS failed: [A-Z_]+"):
+            with (
+                self.subTest(reason),
+                home_made_server(serve) as port,
+                Program(*command_of(CLIENT, ASKED), "--tls-ca", trust(), LOOPBACK, str(port)) as program,
+            ):
+                self.assertEqual(program.wait(), 1)
+                self.assertRegex(program.errors(), f"^Cannot reach {LOOPBACK} port {port}: {reason}; check [^\n]+\n$")
+
     def test_what_comes_with_the_handshakes_end_is_shown_at_once(self) -> None:
         """In TLS 1.2 a server ends the handshake, and may speak in the same packet."""
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
