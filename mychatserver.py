@@ -1843,8 +1843,7 @@ class TlsClient(Client):
     """A client whose socket carries ciphertext: so does its outbox, and ``recv`` returns text.
 
     An SSLObject with two buffers in memory, in which nothing ever waits, is between. It must not be read by one thread
-    while another writes: it is used with the client's lock held. Until it tells its version hands are not shaken, and
-    what is given goes out as it is.
+    while another writes: it is used with the client's lock held.
     """
 
     def __init__(self, context: ssl.SSLContext, *arguments: Any) -> None:
@@ -1854,6 +1853,7 @@ class TlsClient(Client):
         self._received, self._output = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._output, server_side=True)
         self._wants_more = ssl.SSLWantReadError
+        self._is_secured = False  # for good: until then what is given goes out as it is
 
     def prepare(self) -> None:
         """Do the handshake, too, before anything else is sent. Blocks HANDSHAKE_SECONDS at most.
@@ -1877,6 +1877,7 @@ class TlsClient(Client):
                 with contextlib.suppress(self._wants_more):
                     self._tls.do_handshake()
                 super().give([memoryview(self._output.read())])
+        self._is_secured = True
 
     def recv(self, size: int) -> bytes:
         """Wait for ``size`` bytes on the wire at most, and return their text, READ_BYTES at most; empty at TLS's end.
@@ -1902,7 +1903,7 @@ class TlsClient(Client):
     def finish(self, and_wake: bool = False) -> None:
         """End TLS, too, by its close_notify."""
         with self._lock:
-            if not self.gone and self._tls.version():
+            if not self.gone and self._is_secured:
                 with contextlib.suppress(OSError):  # the peer's own end has not come
                     self._tls.unwrap()
                 self.give([])
@@ -1911,8 +1912,8 @@ class TlsClient(Client):
     def give(self, pieces: Sequence[memoryview]) -> int:
         """Encrypt pieces; send what TLS has to send: for them, or of its own."""
         with self._lock:
-            if self._tls.version() and not self.gone:
-                with contextlib.suppress(OSError):  # TLS has failed in reading, which ends the connection
+            if self._is_secured and not self.gone:
+                with contextlib.suppress(OSError):  # TLS has failed in reading, or waits for the peer
                     for piece in pieces:
                         self._tls.write(piece)
                 pieces = [memoryview(self._output.read())]

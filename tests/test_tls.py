@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib
+import importlib.util
+import os
 import pathlib
 import random
+import re
 import shutil
 import socket
 import ssl
@@ -18,6 +20,7 @@ import time
 import unittest
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import mychatclient
 import mychatserver
@@ -524,6 +527,40 @@ class Handshakes(TestCase):
                 server.line()
                 program.send(b"K\n")  # when it comes the first is answered
                 server.expect("Connection closed")
+
+    @unittest.skipUnless(importlib.util.find_spec("cryptography"), "needs cryptography: python -m pip install trustme")
+    def test_nothing_goes_out_in_plain_text_when_half_a_message_of_the_handshakes_kind_has_come(self) -> None:
+        """It has hands shaken again, as far as the library tells: here it asks for new keys, RFC 8446, 4.6.3 and 5."""
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+        secrets = folder / "secrets"
+        with TlsServer() as server, server.peer() as ann:
+            with mock.patch.dict(os.environ, SSLKEYLOGFILE=str(secrets)):
+                bob = server.peer(version=VERSIONS[1])
+            found = re.search("^CLIENT_TRAFFIC_SECRET_0 \\S+ (\\S+)", secrets.read_text(), re.MULTILINE)
+            assert found
+
+            def derived(label: bytes, size: int) -> bytes:
+                info = bytes([0, size, 6 + len(label)]) + b"tls13 " + label + b"\0"
+                return HKDFExpand(hashes.SHA384(), size, info).derive(bytes.fromhex(found[1]))
+
+            def record(number: int, content: bytes) -> bytes:
+                head = b"\x17\x03\x03\0" + bytes([len(content) + 16])
+                nonce = int.from_bytes(derived(b"iv", 12), "big") ^ number
+                return head + AESGCM(derived(b"key", 32)).encrypt(nonce.to_bytes(12, "big"), content, head)
+
+            with bob:
+                socket.socket.send(bob.socket, record(0, b"ready\n\x17") + record(1, b"\x18\0\0\x01\x16"))
+                ann.expect(f"{bob.label}:ready")
+                ann.say("hidden")
+                server.expect(f"{bob.label}:ready", f"{ann.label}:hidden")
+                self.assertEqual(server.stop(), 0)
+                received = b""
+                while data := socket.socket.recv(bob.socket, 1_000):
+                    received += data
+                self.assertNotIn(b"hidden", received)
 
     @needs_command("openssl", "openssl")
     def test_new_keys_and_renegotiation_asked_for_by_openssl(self) -> None:
