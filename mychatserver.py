@@ -1104,8 +1104,9 @@ NAME_SECONDS = 1.0  # in which a newcomer may ask for a name before the others a
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
 TICK_SECONDS = 1.0  # between two looks at what only time can tell
 STOP_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
-FREE_SECONDS_A_READ, FREE_SECONDS_A_BYTE = 100e-6, 15e-9  # of a processor: what honest text takes, and more
-WORK_SHARE = 0.03  # of a processor, for what more a handler works than that,
+FREE_SECONDS_A_READ = 100e-6  # of a processor; with it
+FREE_SECONDS_A_BYTE = 15e-9  # that is relayed: what honest text takes, and more
+WORK_SHARE = 0.02  # of a processor, for what more a handler works than that,
 WORK_CREDIT_SECONDS = 0.02  # and this at once; Windows' clock of work ticks in almost as much
 COMMAND_SECONDS = 100e-6  # of it, for each command: what that takes depends on how many others are to be told
 
@@ -1379,7 +1380,7 @@ class Server:
                 if too_long:
                     self._room.reply(client, LINE_TOO_LONG)
                 work.not_for(self._room.introduce, client)
-                work.pay(FREE_SECONDS_A_READ + FREE_SECONDS_A_BYTE * len(block))
+                work.pay(FREE_SECONDS_A_READ)
             if gate and client.deadline and not client.deadline.left():
                 raise Refused(f"no password within {PASSWORD_SECONDS:.0f} s")
         except Quit:
@@ -1408,6 +1409,7 @@ class Server:
                 reply = functools.partial(self._room.reply, client)
                 work.not_for(obey, COMMANDS, command, reply, self._room, client)
                 work.take(COMMAND_SECONDS)
+            work.pay(FREE_SECONDS_A_BYTE * len(lines))
 
     def _crossed(self, client: Client) -> None:
         """Note that ``client`` is at the door, in the room or gone; have more accepted if that had to wait."""

@@ -866,6 +866,7 @@ HOSTILE_LINES = {  # what each attacker pours
     "who": b"/who\n",
     "unknown": b"/unknown\n",
     "slashes": b"//x\n",
+    "backspace": b"x\b\n",
     "illformed": b"\x80" * 99 + b"\n",
     "telnet": b"\xff\xf1" * 50 + b"x\n",
     "records": b"x" * 999 + b"\n",  # with TLS, each byte a record
