@@ -200,7 +200,7 @@ class Jobs(TestCase):
             shell.wait_for("half a li")
             shell.type("\x1a")
             shell.wait_for("$ ")
-            shell.type("kill %1; fg; echo $?\r")
+            shell.type("kill $(jobs -p); fg; echo $?\r")  # kill %1 continues it, too, before fg may have the terminal
             shell.wait_for(f"{128 + signal.SIGTERM}\n$ ")
 
     def test_signals_that_the_parent_has_blocked_are_unblocked(self) -> None:
