@@ -1196,7 +1196,8 @@ class Password:
         Blocks for a person who has to type it. Raises EOFError at Ctrl-D, OSError or NotConnected.
         """
         seconds = QUESTION_SECONDS if self._known else ASKED_SECONDS + 2 * connecting_seconds
-        if connection.peek_line(seconds) == QUESTION:
+        # At most: with ssh somebody may have taken a minute to type a pass phrase.
+        if connection.peek_line(min(seconds, QUESTION_SECONDS)) == QUESTION:
             connection.read_line(0.0)
             while not self._is_right(connection):
                 warn("Wrong password, try again.")

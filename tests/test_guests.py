@@ -410,6 +410,23 @@ class Clients(Guests):
         program.end_input()
         self.assertEqual(program.wait(), 0)
 
+    def test_it_does_not_matter_how_long_connecting_took(self) -> None:
+        """As when ssh asks for a pass phrase: here an hour, as far as the client can tell."""
+        hour_later = f"""
+import sys, time
+sys.path.insert(0, {str(pathlib.Path(CLIENT).parent)!r})
+import mychatclient
+connect, now = mychatclient.connect, time.monotonic
+def connect_slowly(*arguments):
+    sock = connect(*arguments)
+    time.monotonic = lambda: now() + 3_600
+    return sock
+mychatclient.connect = connect_slowly
+"""
+        server = self.serve()
+        with Program(*command_of(CLIENT, {}, hour_later), LOOPBACK, str(server.port)) as program:
+            program.expect(GREETING)
+
     def test_in_a_terminal_it_is_asked_for_unseen(self) -> None:
         server = self.ask()
         for options in ((), ("--password",)):
