@@ -1230,6 +1230,9 @@ def password_typed() -> bytes:
                 handle((signal.SIGTSTP,), functools.partial(stop_asking, terminal, termios.tcgetattr(terminal)))
                 cleanup.callback(handle, (signal.SIGTSTP,), signal.SIG_DFL)
             password = getpass.getpass()
+    except (EOFError, KeyboardInterrupt):
+        warn("")  # or the shell would go on in the row of the question
+        raise
     except OSError:  # the terminal is not this process's own, as under ``su -c``
         raise NotConnected(UNANSWERED) from None
     except UnicodeDecodeError:
