@@ -725,7 +725,7 @@ class Connection:
         return None
 
     def acknowledged(self) -> int | None:
-        """Return how many bytes the other end has acknowledged, or fewer; None where nothing tells."""
+        """Return how many bytes the other end has acknowledged, too few with TLS; None where nothing tells."""
         sent_bytes = self._sent_bytes  # first: what is sent from now on would make it more
         unsent = self.unsent()
         return None if unsent is None else sent_bytes - unsent
@@ -947,7 +947,8 @@ class Connections:
                 if self.connect_again:
                     self.current.close()  # before a word of it, or a line entered just after would be lost
                     told = b"* connection lost, trying again\n"
-                doubtful = self.current.doubtful_lines(acknowledged)  # after that, or one entered just before would be
+                # After closing: a line that was entered just before counts, too.
+                doubtful = self.current.doubtful_lines(acknowledged)
                 if doubtful:
                     lines = "1 line was" if doubtful == 1 else f"{doubtful} lines were"
                     told = f"* {lines} perhaps not delivered\n".encode() + told
@@ -1029,7 +1030,8 @@ def start_thread(function: Callable[..., object], *arguments: object) -> threadi
         raise Lost(
             f"Cannot start: {error}; this user may have no more processes or memory (ulimit -u, ulimit -v)."
         ) from None
-    block_signals(before)
+    finally:
+        block_signals(before)
     return thread
 
 
@@ -1442,7 +1444,7 @@ def tls_problem(error: OSError, where: str) -> NotConnected:
     if isinstance(error, ssl.SSLCertVerificationError):
         other = f"does not do: {error.verify_message}; ask whoever runs that server."
         return NotConnected(f"The certificate of {where} {CERTIFICATE_PROBLEMS.get(error.verify_code, other)}")
-    answers_otherwise = isinstance(error, ssl.SSLError) and not is_cut(error)  # and will the next time
+    answers_otherwise = isinstance(error, ssl.SSLError) and not is_cut(error)  # so another try would not help
     kind = NotConnected if answers_otherwise else Lost
     reason = getattr(error, "reason", None) or error.strerror or error
     return kind(f"No TLS at {where}: leave --tls out if that server has none, or give another port. ({reason})")

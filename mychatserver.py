@@ -1108,7 +1108,7 @@ FREE_SECONDS_A_READ = 100e-6  # of a processor; with it
 FREE_SECONDS_A_BYTE = 15e-9  # that is relayed: what honest text takes, and more
 WORK_SHARE = 0.02  # of a processor, for what more a handler works than that,
 WORK_CREDIT_SECONDS = 0.02  # and this at once; Windows' clock of work ticks in almost as much
-COMMAND_SECONDS = 100e-6  # of it, for each command: what that takes depends on how many others are to be told
+COMMAND_SECONDS = 100e-6  # of a processor, for each command: what it takes depends on how many are to be told
 
 
 class Bucket:
@@ -1345,7 +1345,7 @@ class Server:
 
         Ends because whatever it waits for ends: ``recv`` and the wait to have its say (``Room._wait``), as
         ``Room.evict`` wakes both; the turn, as rounds are bounded and nobody broadcasts for ever; the door and
-        ``drain``, as they have a deadline; the pauses for its pace and its work, which are as long as what it sent.
+        ``drain``, as they have a deadline; the pauses for its pace and its work, which grow only with what it sent.
         """
         try:
             if self._guests.have_door:
