@@ -1108,7 +1108,7 @@ FREE_SECONDS_A_READ = 100e-6  # of a processor; with it
 FREE_SECONDS_A_BYTE = 15e-9  # that is relayed: what honest text takes, and more
 WORK_SHARE = 0.02  # of a processor, for what more a handler works than that,
 WORK_CREDIT_SECONDS = 0.02  # and this at once; Windows' clock of work ticks in almost as much
-COMMAND_SECONDS = 100e-6  # of a processor, for each command: what it takes depends on how many are to be told
+COMMAND_SECONDS = 50e-6  # of a processor, for each command: what it takes depends on how many are to be told
 
 
 class Bucket:
