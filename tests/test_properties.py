@@ -279,8 +279,9 @@ class Room(RuleBasedStateMachine):
 
     def read(self, peer: Peer) -> None:
         """Have a peer read all that it is to have heard, whatever the time it was said at."""
+        is_alone = len(self.connected) == 1  # so far: who is told to have left was in the example before
         for expected in self.expected[peer].split("\n")[:-1]:
-            while TIME.fullmatch(line := peer.line()):
+            while TIME.fullmatch(line := peer.line()) or (is_alone and line.endswith(b" left")):
                 pass
             assert line.decode() == expected, (line, expected)
         self.expected[peer] = ""
