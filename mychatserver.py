@@ -1098,7 +1098,7 @@ def obey(commands: Commands, line: str, reply: Callable[[str], object], *whose: 
 # --- The server: the thread that accepts, flushes outboxes, and keeps the clock ---------------------------------------
 
 LISTEN_QUEUE = 65_535  # connections not yet accepted: as many as the system allows
-CROSSING_MAX = 16  # on their way in or out at once: who connects and resets without end must not make more threads
+CROSSING_MAX = 14  # on their way in or out at once: who connects and resets without end must not make more threads
 MAX_WATCHED = 500 if sys.platform == "win32" else 1_000_000  # clients: select() there takes 512 sockets
 NAME_SECONDS = 1.0  # in which a newcomer may ask for a name before the others are told of it
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
