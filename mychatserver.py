@@ -184,12 +184,12 @@ def parse(block: bytes) -> Iterator[tuple[bytes, str]]:
     while block:
         some = front(block, PARSED_BYTES)
         block = block[len(some) :]
-        some = BLANK_LINES.sub(b"\n", b"\n" + clean(corrected(some)))[1:]
-        if not UNUSUAL.search(b"\n" + some):
-            yield some, ""
+        some = BLANK_LINES.sub(b"\n", b"\n" + clean(corrected(some)))
+        if not UNUSUAL.search(some):
+            yield some[1:], ""
             continue
         lines = bytearray()  # whoever waits to say them holds on to all this: a list would take many times their bytes
-        for line in some[:-1].split(b"\n"):
+        for line in some[1:-1].split(b"\n"):
             text = line.lstrip(BLANKS)
             if COMMAND.match(text):
                 yield bytes(lines), text.decode()
@@ -1104,8 +1104,8 @@ NAME_SECONDS = 1.0  # in which a newcomer may ask for a name before the others a
 STOP_SECONDS = 0.5  # in which a server that is stopped lets everyone go
 TICK_SECONDS = 1.0  # between two looks at what only time can tell
 STOP_SIGNALS = {number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")}
-FREE_SECONDS_A_READ = 100e-6  # of a processor; with it
-FREE_SECONDS_A_BYTE = 15e-9  # that is relayed: what honest text takes, and more
+FREE_SECONDS_A_READ = 100e-6  # of a processor: with so much more for each byte that is relayed, what honest text takes,
+FREE_SECONDS_A_BYTE = 15e-9  # and more
 WORK_SHARE = 0.02  # of a processor, for what more a handler works than that,
 WORK_CREDIT_SECONDS = 0.02  # and this at once; Windows' clock of work ticks in almost as much
 COMMAND_SECONDS = 50e-6  # of a processor, for each command: what it takes depends on how many are to be told
@@ -1124,7 +1124,7 @@ class Bucket:
         self._level = min(self._most, self._level + (now - self._since) * self._a_second) - amount
         self._since = now
         if self._level < 0:
-            time.sleep(-self._level / self._a_second)
+            time.sleep(-self._level / self._a_second)  # the pause is the price: nothing shortens it
 
 
 class Work(Bucket):
@@ -1511,7 +1511,7 @@ class Discovery(socket.socket):
         """Answer for as long as the process lives."""
         while True:
             if not self.answer():
-                time.sleep(1)
+                time.sleep(1)  # in a flood: what comes meanwhile is the system's to drop
 
     def answer(self) -> bool:
         """Wait for a datagram, and answer it if it is a question; return whether to go on in this second."""
